@@ -1,0 +1,83 @@
+"""Rounding onto a format's grid: nearest with ties to even, or stochastic.
+
+Input are values already divided by their scale; output are levels of the format, still float32. See SPEC.md, "Rounding".
+"""
+
+from __future__ import annotations
+
+from core import bits
+from core.arrays import Array, Namespace, namespace
+from core.formats import CodebookFormat, FloatFormat, Format, IntFormat
+
+
+def to_level(v: Array, fmt: Format, uniform: Array | None = None) -> Array:
+  """The level of `fmt` that each value rounds to; values beyond the format saturate, NaN stays NaN.
+
+  Args:
+    v: [...] float32, the scaled values.
+    fmt: element format.
+    uniform: None for nearest-even; for stochastic rounding [...] float32 in [0, 1), multiples of 2^-24.
+
+  Returns:
+    [...] float32 levels. Integer levels have no negative zero; float levels keep the sign of zero.
+  """
+  xp = namespace(v)
+  if isinstance(fmt, IntFormat):
+    rounded = to_integer(xp.clip(v, float(fmt.min_code), float(fmt.max_code)), uniform)
+    return xp.where(rounded == 0.0, 0.0, rounded)
+  if isinstance(fmt, FloatFormat):
+    v = xp.clip(v, -fmt.bound if fmt.signed else 0.0, fmt.bound)
+    quantum_bits = xp.maximum(xp.bits(v) & bits.EXPONENT, bits.power_of_two_bits(fmt.min_exponent)) - (fmt.mantissa_bits << 23)
+    quantum, inverse = xp.from_bits(quantum_bits), xp.from_bits((254 << 23) - quantum_bits)
+    # v * inverse is exact (a power of two), so the only rounding is the one that is asked for
+    scaled = v * inverse
+    return (xp.round(scaled) if uniform is None else _stochastic(xp, scaled, uniform)) * quantum
+  if uniform is not None:
+    raise ValueError(f"stochastic rounding needs an integer or float element format; {fmt.name} is a codebook")
+  nearest = xp.take(xp.constant(fmt.levels, v), codebook_index(v, fmt))
+  return xp.where(is_nan(v), v, nearest)
+
+
+def to_integer(v: Array, uniform: Array | None = None) -> Array:
+  """Nearest integer (ties to even), or the stochastic one; magnitudes beyond 2^22 are cut. [...] float32."""
+  xp = namespace(v)
+  v = xp.clip(v, -(2.0**22), 2.0**22)
+  return xp.round(v) if uniform is None else _stochastic(xp, v, uniform)
+
+
+def codebook_index(v: Array, fmt: CodebookFormat) -> Array:
+  """Index of the nearest level: the number of midpoints strictly below v; a tie takes the lower level. int32."""
+  xp = namespace(v)
+  index = xp.int32(v > fmt.midpoints[0])
+  for midpoint in fmt.midpoints[1:]:
+    index = index + xp.int32(v > midpoint)
+  return index
+
+
+def is_nan(v: Array) -> Array:
+  """NaN by its bits: comparisons of floats are not the same everywhere under fast-math."""
+  xp = namespace(v)
+  return (xp.bits(v) & bits.MAGNITUDE) > bits.INFINITY
+
+
+def random_uniform(key: tuple[Array, Array], shape: tuple[int, ...], like: Array) -> Array:
+  """Counter-based uniform numbers in [0, 1), multiples of 2^-24: element i (row-major) uses Threefry counter i.
+
+  Args:
+    key: two int32.
+    shape: shape of the result; below 2^31 elements.
+    like: array whose namespace and device the result takes.
+  """
+  xp, n = namespace(like), 1
+  for size in shape:
+    n *= int(size)
+  random = bits.threefry2x32(key, xp.arange(n, like))
+  return (xp.float32((random >> 8) & 0xFFFFFF) * 2.0**-24).reshape(tuple(shape))
+
+
+def _stochastic(xp: Namespace, t: Array, uniform: Array) -> Array:
+  """Up in magnitude with probability equal to the fraction. t is clipped or an exact product, so nothing can fuse into the subtraction."""
+  magnitude = xp.abs(t)
+  below = xp.floor(magnitude)
+  rounded = below + xp.where(magnitude - below > uniform, 1.0, 0.0)
+  return xp.where(t < 0, -rounded, rounded)
