@@ -182,7 +182,7 @@ NF4 = CodebookFormat(
 FLOAT_FORMATS = {(f.exponent_bits, f.mantissa_bits): f for f in (E4M3, E5M2, E3M2, E2M3, E2M1)}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def int_format(bits: int, signed: bool = True, narrow_range: bool = False) -> IntFormat:
   """The integer format of that width, one object per choice."""
   return IntFormat(f"{'' if signed else 'U'}INT{bits}", bits, signed, narrow_range)

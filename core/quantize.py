@@ -152,7 +152,7 @@ def dequantize(q: QuantizedTensor) -> Array:
     levels = levels - blocks.expand(xp.float32(q.zero_point), tiling)
   if q.spec.scale_format == E8M0:
     # 2^-127 is no normal float32: as 2^-126 / 2 it is not flushed before it meets the level
-    levels = levels * blocks.expand(xp.where(xp.int32(q.scale) == 0, 0.5, 1.0), tiling)
+    levels = levels * blocks.expand(1.0 - 0.5 * xp.float32(q.scale == 0), tiling)
   step = blocks.expand(step_of(q), tiling)
   return blocks.from_blocks(levels * step, tiling)
 

@@ -79,5 +79,5 @@ def _stochastic(xp: Namespace, t: Array, uniform: Array) -> Array:
   """Up in magnitude with probability equal to the fraction. t is clipped or an exact product, so nothing can fuse into the subtraction."""
   magnitude = xp.abs(t)
   below = xp.floor(magnitude)
-  rounded = below + xp.where(magnitude - below > uniform, 1.0, 0.0)
+  rounded = below + xp.float32(magnitude - below > uniform)
   return xp.where(t < 0, -rounded, rounded)

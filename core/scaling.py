@@ -205,21 +205,21 @@ def _four_or_six(xp, target: Array, tensor_scale: Array, zero: Array, spec: Quan
   six, four = _block_level(xp, target), _block_level(xp, target * 1.5)
   errors = []
   for level in (six, four):
-    step = level * tensor_scale
-    inverse = xp.where(zero, 0.0, reciprocal(step))
-    step, inverse = xp.barrier(step, inverse)
-    errors.append(_squared_error(xp, tiles, step.reshape(tiling.expanded), inverse.reshape(tiling.expanded), spec, tiling))
-  return xp.where(errors[1].reshape(target.shape) < errors[0].reshape(target.shape), four, six)
+    inverse = xp.where(zero, 0.0, reciprocal(level * tensor_scale))
+    level, inverse = xp.barrier(level, inverse)
+    # in units of the tensor scale, which both share: no magnitude of the tensor can overflow it
+    errors.append((_squared_error(xp, tiles, inverse.reshape(tiling.expanded), spec, tiling).reshape(target.shape) * level) * level)
+  return xp.where(errors[1] < errors[0], four, six)
 
 
-def _squared_error(xp, tiles: Array, step: Array, inverse: Array, spec: QuantSpec, tiling: Tiling) -> Array:
+def _squared_error(xp, tiles: Array, inverse: Array, spec: QuantSpec, tiling: Tiling) -> Array:
   # The clips change nothing (|v| is below 2^4 on finite data); they keep compilers from fusing a product into the next addition.
   v = xp.clip(tiles * inverse, -(2.0**60), 2.0**60)
   difference = v - rounding.to_level(v, spec.element)
   error = xp.minimum(difference * difference, 2.0**120)
   for axis in tiling.reduce:
     error = bits.tree_sum(error, axis)
-  return (error * step) * step
+  return error
 
 
 def _double_quantized(xp: Namespace, amax: Array, spec: QuantSpec) -> Scales:
