@@ -1,0 +1,1 @@
+"""Configuration: dicts in, frozen values out, the same for every backend."""
