@@ -41,11 +41,19 @@ class FrozenDict(Mapping[str, Any]):
 
 
 def freeze(value: Any) -> Any:
-  """Mappings become FrozenDict, lists become tuples, everything else is returned as it is."""
+  """Mappings become FrozenDict, lists become tuples, other hashable values are returned as they are.
+
+  Raises:
+    ValueError: a value that cannot be hashed, such as a set or an array.
+  """
   if isinstance(value, Mapping):
     return value if isinstance(value, FrozenDict) else FrozenDict(value)
   if isinstance(value, list | tuple):
     return tuple(freeze(item) for item in value)
+  try:
+    hash(value)
+  except TypeError as error:
+    raise ValueError(f"option {value!r} of type {type(value).__name__} cannot be kept; use numbers, strings, lists and dicts") from error
   return value
 
 

@@ -145,7 +145,7 @@ W4A16_NVFP4_CFG = _whole(_NVFP4)
 W4A8_NVFP4_FP8_CFG = _whole(_NVFP4_BLOCK32, _FP8)
 NVFP4_MLP_WEIGHT_ONLY_CFG = _parts(_NVFP4_BLOCK32, "*mlp*", "*block_sparse_moe*", inputs=False)
 NVFP4_MLP_ONLY_CFG = _parts(_NVFP4, *_MLP)
-NVFP4_OMLP_ONLY_CFG = _parts(_NVFP4, "*o_proj*", *_MLP)
+NVFP4_OMLP_ONLY_CFG = _parts(_NVFP4, "*o_proj*", *_MLP[:-1])  # no `*.experts.*` in ModelOpt's
 NVFP4_EXPERTS_ONLY_CFG = _parts(_NVFP4, "*block_sparse_moe*", "*.experts.*")
 # The one whole preset without the default-disabled list, as in ModelOpt.
 NVFP4_FP8_MHA_CONFIG = Preset(
