@@ -1,0 +1,1 @@
+def insert(text): return text
