@@ -5,6 +5,7 @@ Only additions, subtractions and one multiplication by a constant, in a fixed or
 
 from __future__ import annotations
 
+from core import rounding
 from core.arrays import Array, namespace
 
 
@@ -28,21 +29,38 @@ def block_size(length: int, size: int | None = None) -> int:
   return size
 
 
-def rotate(x: Array, size: int | None = None) -> Array:
-  """Multiply blocks of the last axis by the orthonormal Hadamard matrix in Sylvester's order, which is its own inverse.
+def rotate(x: Array, size: int | None = None, seed: int | None = None) -> Array:
+  """Multiply blocks of the last axis by the orthonormal Hadamard matrix in Sylvester's order, after random signs if a seed is given.
 
   Args:
     x: [..., K].
     size: power of two dividing K; None is the largest one.
+    seed: key of the signs (counter-based, the same in every framework); None for none.
 
   Returns:
     [..., K] float32.
 
   References: Sylvester, 1867; used on activations by Ashkboos et al., 2024, arXiv:2404.00456 (QuaRot).
   """
+  x = namespace(x).float32(x)
+  return _butterflies(x if seed is None else x * _signs(x, seed), size)
+
+
+def unrotate(x: Array, size: int | None = None, seed: int | None = None) -> Array:
+  """The inverse of `rotate` (up to rounding): the matrix is its own inverse, the signs follow it."""
+  x = _butterflies(namespace(x).float32(x), size)
+  return x if seed is None else x * _signs(x, seed)
+
+
+def _signs(x: Array, seed: int) -> Array:
+  xp = namespace(x)
+  key = xp.int32(xp.constant([seed, 0], x, "int32"))
+  return xp.where(rounding.random_uniform((key[0], key[1]), (x.shape[-1],), x) < 0.5, 1.0, -1.0)
+
+
+def _butterflies(x: Array, size: int | None) -> Array:
   xp, shape = namespace(x), tuple(x.shape)
   size = block_size(shape[-1], size)
-  x = xp.float32(x).reshape((*shape[:-1], shape[-1] // size, size))
   half = 1
   while half < size:
     pairs = x.reshape((*shape[:-1], shape[-1] // (2 * half), 2, half))

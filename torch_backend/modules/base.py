@@ -1,0 +1,152 @@
+"""Quantized modules: a subclass of the original class, which keeps its own forward, around quantizers for input, weight and output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_backend import statistics
+from torch_backend.quantizer import TensorQuantizer
+from torch_backend.sequential import Quantizer, tensor_quantizers
+
+
+class QuantModule(nn.Module):
+  """A module converted in place: its class is a subclass of both this and its former class.
+
+  A subclass makes its quantizers in `_setup`, which runs once, when a module is converted.
+  """
+
+  def _setup(self) -> None:
+    """Create the quantizers."""
+
+
+class QuantInput(QuantModule):
+  """Quantizes the first argument of forward, and on request the output."""
+
+  input_quantizer: Quantizer
+  output_quantizer: Quantizer
+
+  def _setup(self) -> None:
+    self.input_quantizer = TensorQuantizer(share_leading=True)
+    self.output_quantizer = TensorQuantizer(share_leading=True, enable=False)
+
+  def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return self._quantized_output(super().forward(self._quantized_input(input), *args, **kwargs))
+
+  def _quantized_input(self, input: Tensor) -> Tensor:
+    return self.input_quantizer(input)
+
+  def _quantized_output(self, output: Any) -> Any:
+    # A pooling layer with return_indices gives (values, indices).
+    if isinstance(output, tuple):
+      return (self.output_quantizer(output[0]), *output[1:])
+    return self.output_quantizer(output)
+
+
+class QuantWeight(QuantInput):
+  """Quantizes the weight as well. During a call `self.weight` is the quantized weight, so the original forward runs unchanged.
+
+  In evaluation the quantized weight is kept and reused until the weight, the amax, or the configuration changes. Writing through
+  `weight.data` in place is invisible to torch's version counter; a checksum of the weight catches it on the CPU.
+  """
+
+  weight_quantizer: Quantizer
+  _weight_in_use: Tensor | None
+  _weight_kept: tuple[Any, ...] | None
+
+  def _setup(self) -> None:
+    super()._setup()
+    self.weight_quantizer = TensorQuantizer()
+    self._weight_in_use = None
+    self._weight_kept = None
+
+  @property
+  def weight(self) -> Tensor:
+    in_use = self.__dict__.get("_weight_in_use")
+    return self.stored_weight if in_use is None else in_use
+
+  @weight.setter
+  def weight(self, value: Tensor) -> None:
+    self.__dict__["weight"] = value  # weight_norm and its like put a computed tensor where the parameter was
+
+  @property
+  def stored_weight(self) -> Tensor:
+    """The weight as it is trained and stored."""
+    parameters = self.__dict__["_parameters"]
+    if "weight" in parameters:
+      return parameters["weight"]
+    if "weight" in self.__dict__:
+      return self.__dict__["weight"]
+    return super().weight  # type: ignore[misc]  # a parametrization's property
+
+  def canonical(self, weight: Tensor) -> Tensor:
+    """The weight with its output channels on axis 0 and its input channels on axis 1: what a quantizer's axes refer to."""
+    return weight
+
+  def stored(self, weight: Tensor) -> Tensor:
+    """The inverse of `canonical`."""
+    return weight
+
+  def quantized_weight(self) -> Tensor:
+    """The weight after its quantizer, in the stored layout; kept between calls in evaluation."""
+    weight = self.stored_weight
+    if torch.compiler.is_compiling() or self.training or (torch.is_grad_enabled() and weight.requires_grad):
+      return self.compute_weight()
+    if not self.weight_quantizer.is_enabled or not all(q.is_quantizing for q in tensor_quantizers(self.weight_quantizer)):
+      return self.compute_weight()
+    key = self._state_of(weight)
+    kept = self._weight_kept
+    if kept is None or kept[0] != key:
+      # The alias holds the storage, so that a new weight cannot appear at the same address.
+      kept = self._weight_kept = (key, weight.detach(), self.compute_weight().detach())
+    return kept[2]
+
+  def drop_kept_weight(self) -> None:
+    """Free the quantized weight kept for evaluation."""
+    self._weight_kept = None
+
+  def compute_weight(self) -> Tensor:
+    """The weight after its quantizer, in the stored layout, computed anew."""
+    return self.stored(self.weight_quantizer(self.canonical(self.stored_weight)))
+
+  def _state_of(self, weight: Tensor) -> tuple[Any, ...]:
+    quantizers = tuple(q.state_key() for q in tensor_quantizers(self.weight_quantizer))
+    return weight.data_ptr(), statistics.version(weight), weight.dtype, weight.shape, statistics.checksum(weight), quantizers
+
+  def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    object.__setattr__(self, "_weight_in_use", self.quantized_weight())  # not registered as a parameter
+    try:
+      return super().forward(input, *args, **kwargs)
+    finally:
+      object.__setattr__(self, "_weight_in_use", None)
+
+  def train(self, mode: bool = True) -> QuantWeight:
+    self._weight_kept = None
+    return super().train(mode)
+
+  def _apply(self, fn: Any, recurse: bool = True) -> QuantWeight:
+    self._weight_kept = None
+    return super()._apply(fn, recurse)
+
+
+class IdleQuantizer(TensorQuantizer):
+  """The input quantizer of a layer whose inputs are no real numbers: it has a name like all others and cannot be switched on."""
+
+  def enable(self) -> None:
+    self.disable()
+
+
+class QuantTable(QuantWeight):
+  """An embedding: integer inputs pass, the table and on request the output are quantized.
+
+  `input_quantizer` exists, so that every quantized module answers to the same names, and never does anything.
+  """
+
+  def _setup(self) -> None:
+    super()._setup()
+    self.input_quantizer = IdleQuantizer(enable=False)
+
+  def _quantized_input(self, input: Tensor) -> Tensor:
+    return input
