@@ -10,6 +10,8 @@ from core.arrays import Array, namespace
 MAGNITUDE = 0x7FFFFFFF
 EXPONENT = 0x7F800000
 INFINITY = 0x7F800000
+SMALLEST_NORMAL = 0x00800000
+SIGN = -0x80000000
 ONE = 0x3F800000
 
 
@@ -83,6 +85,7 @@ def threefry2x32(key: tuple[Array, Array], count: Array) -> Array:
   schedule = (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
   x0, x1 = count * 0 + schedule[0], count + schedule[1]
   for group in range(5):
+    x0, x1 = xp.materialize(x0, x1)
     for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
       x0 = x0 + x1
       x1 = x0 ^ ((x1 << rotation) | ((x1 >> (32 - rotation)) & ((1 << rotation) - 1)))

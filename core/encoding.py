@@ -84,6 +84,7 @@ def pack_codes(codes: Array, width: int) -> Array:
   if width == 8:
     return xp.uint8(codes)
   per_group, bytes_per_group = _group(width)
+  length = codes.shape[-1]
   codes = _pad_last(xp, codes, per_group)
   groups = codes.reshape((*codes.shape[:-1], codes.shape[-1] // per_group, per_group))
   out = []
@@ -97,7 +98,7 @@ def pack_codes(codes: Array, width: int) -> Array:
     out.append(value & 0xFF)
   packed = xp.stack(out, -1)
   packed = packed.reshape((*codes.shape[:-1], packed.shape[-2] * bytes_per_group))
-  return xp.uint8(packed)
+  return xp.uint8(packed[..., : -(-length * width // 8)])
 
 
 def unpack_codes(packed: Array, width: int, length: int, signed: bool = False) -> Array:

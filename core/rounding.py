@@ -80,4 +80,4 @@ def _stochastic(xp: Namespace, t: Array, uniform: Array) -> Array:
   magnitude = xp.abs(t)
   below = xp.floor(magnitude)
   rounded = below + xp.float32(magnitude - below > uniform)
-  return xp.where(t < 0, -rounded, rounded)
+  return xp.from_bits(xp.bits(rounded) | (xp.bits(t) & bits.SIGN))

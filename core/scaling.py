@@ -54,10 +54,10 @@ def finite_amax(x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def value_range(x: Array, axes: tuple[int, ...]) -> Array:
-  """(min(x, 0), max(x, 0)) over the finite elements, stacked on a new leading axis. float32."""
+  """(min(x, 0), max(x, 0)) over the finite elements, stacked on a new leading axis; subnormals count as +0. float32."""
   xp = namespace(x)
-  finite = (xp.bits(x) & bits.MAGNITUDE) < bits.INFINITY
-  x = xp.where(finite, x, 0.0)
+  magnitude = xp.bits(x) & bits.MAGNITUDE
+  x = xp.where((magnitude < bits.INFINITY) & (magnitude >= bits.SMALLEST_NORMAL), x, 0.0)  # float min and max flush subnormals in XLA
   return xp.stack([xp.minimum(xp.min(x, axes), 0.0), xp.maximum(xp.max(x, axes), 0.0)])
 
 
@@ -181,7 +181,10 @@ def _two_level(
   tensor_scale = xp.where(zero_tensor, 1.0, bits.divide(limited, xp.full(one, spec.element_bound * top, limited)))
   block, zero = limit_amax(amax)
   zero = zero | zero_tensor
-  target = bits.divide(block, tensor_scale * spec.element_bound)
+  unit = tensor_scale * spec.element_bound
+  # beyond 2^-10 and 2^9 the quotient is clamped anyway; cut here, it is a normal float32 however far the tensor amax is from the block's
+  block = xp.minimum(xp.maximum(block, unit * 2.0**-10), unit * 2.0**9)
+  target = bits.divide(block, unit)
   if spec.four_over_six:
     if tiles is None or tiling is None:
       raise ValueError("four_over_six chooses the block scale by the block's values; call quantize or fake_quantize without `scales`")
@@ -216,6 +219,7 @@ def _squared_error(xp, tiles: Array, inverse: Array, spec: QuantSpec, tiling: Ti
   # The clips change nothing (|v| is below 2^4 on finite data); they keep compilers from fusing a product into the next addition.
   v = xp.clip(tiles * inverse, -(2.0**60), 2.0**60)
   difference = v - rounding.to_level(v, spec.element)
+  difference = xp.where(xp.abs(difference) < 2.0**-40, 0.0, difference)  # squares stay normal: XLA flushes subnormals, numpy does not
   error = xp.minimum(difference * difference, 2.0**120)
   for axis in tiling.reduce:
     error = bits.tree_sum(error, axis)

@@ -13,7 +13,9 @@ SHOWN_FAILURES = 20
 
 def main(arguments: list[str] | None = None) -> int:
   """Run the vectors, print one row per file; 0 if every value is equal, else 1."""
-  parser = argparse.ArgumentParser(prog="python -m core.conformance", description="Run the conformance vectors of SPEC.md on this installation.")
+  parser = argparse.ArgumentParser(
+    prog="python -m core.conformance", description="Run the conformance vectors of SPEC.md on this installation."
+  )
   parser.add_argument("--backend", choices=runner.BACKENDS, default="numpy")
   parser.add_argument("--compiled", action="store_true", help="torch.compile or jax.jit every case (minutes for torch)")
   parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

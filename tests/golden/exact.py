@@ -7,6 +7,7 @@ place where a real number becomes a float32. Slow (about 10 us an operation) and
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from fractions import Fraction
 
 NAN, INF = "nan", "inf"
@@ -239,7 +240,7 @@ def integer_round(q: Fraction, uniform: Fraction | None = None) -> int:
 
 def codebook_code(v: Fraction, fmt: Codebook) -> int:
   """Index of the nearest level; midpoints are rounded to float32 and a tie takes the lower index."""
-  return sum(fl((a + b) / 2) < v for a, b in zip(fmt.levels, fmt.levels[1:], strict=False))
+  return sum(fl((a + b) / 2) < v for a, b in itertools.pairwise(fmt.levels))
 
 
 def scaled(x: Real, inverse: Fraction) -> Fraction:

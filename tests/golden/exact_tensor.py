@@ -161,7 +161,7 @@ def two_level_scale(amax: Fraction, second: Fraction | None, block: list[Real], 
   a = limited(amax)
   if a is None or second is None:
     return Group(ONE if second is None else second, ZERO, 0x38)
-  target = fl(a / fl(spec.element_bound * second))
+  target = fl(min(a / fl(spec.element_bound * second), Fraction(512)))  # beyond 448 it is clamped anyway
   level = block_level(target)
   if spec.four_over_six:
     four = block_level(fl(target * Fraction(3, 2)))

@@ -14,7 +14,7 @@ import pathlib
 import sys
 from fractions import Fraction
 
-from tests.golden import cases, exact, exact_tensor, spec_examples
+from tests.golden import cases, exact, exact_tensor, inputs, spec_examples
 from tests.golden.exact import E2M1, E2M3, E3M2, E4M3, E5M2, Codebook, Float, Int, Spec
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def spec_json(spec: Spec) -> dict:
   return out
 
 
-def case_json(case: cases.Case) -> dict:
+def case_json(case: inputs.Case) -> dict:
   spec, shape, bits = case.spec, case.shape, case.bits
   amax, tensor_amax = case.amax, case.tensor_amax
   r = exact_tensor.quantize(bits, shape, spec, amax, tensor_amax, case.key)
@@ -74,7 +74,11 @@ def case_json(case: cases.Case) -> dict:
   expected: dict = {"amax": array_json(*own_amax(bits, shape, spec)), "codes": hex_codes(r.codes), "values": hex_floats(r.values)}
   expected["scale"] = {
     "shape": r.scale_shape,
-    **({"float32": hex_floats([exact.bits_of(Fraction(s)) for s in r.scale])} if float_scale else {"uint8": hex_codes([int(s) for s in r.scale])}),
+    **(
+      {"float32": hex_floats([exact.bits_of(Fraction(s)) for s in r.scale])}
+      if float_scale
+      else {"uint8": hex_codes([int(s) for s in r.scale])}
+    ),
   }
   if r.tensor_scale is not None:
     expected["tensor_scale"] = array_json(r.tensor_scale, r.tensor_scale_shape)

@@ -1,1 +1,2 @@
-def insert(text): return text
+def insert(text):
+  return text
