@@ -81,6 +81,9 @@ class NumpyNamespace:
   def barrier(self, *arrays: Array) -> tuple[Array, ...]:
     return arrays
 
+  def materialize(self, a: Array, b: Array) -> tuple[Array, Array]:
+    return a, b
+
   def is_float(self, x: Array) -> bool:
     # ml_dtypes' bfloat16 registers itself with kind "V" or "f" depending on its version; its name is stable.
     return x.dtype.kind == "f" or x.dtype.name == "bfloat16"
@@ -157,6 +160,10 @@ class TorchNamespace:
   def barrier(self, *arrays: Array) -> tuple[Array, ...]:
     return arrays
 
+  def materialize(self, a: Array, b: Array) -> tuple[Array, Array]:
+    """Inductor inlines pointwise chains; values used twice in every round would grow the expression exponentially."""
+    return self.torch.stack([a, b]).unbind(0) if self.torch.compiler.is_compiling() else (a, b)
+
   def is_float(self, x: Array) -> bool:
     return x.dtype.is_floating_point
 
@@ -226,6 +233,9 @@ class JaxNamespace:
   def barrier(self, *arrays: Array) -> tuple[Array, ...]:
     """Keep XLA from rewriting arithmetic through the scales, and from recomputing them per element."""
     return tuple(self.jax.lax.optimization_barrier(arrays))
+
+  def materialize(self, a: Array, b: Array) -> tuple[Array, Array]:
+    return a, b
 
   def is_float(self, x: Array) -> bool:
     return bool(self.jnp.issubdtype(x.dtype, self.jnp.floating))
