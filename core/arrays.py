@@ -241,7 +241,7 @@ class JaxNamespace:
     return bool(self.jnp.issubdtype(x.dtype, self.jnp.floating))
 
 
-Namespace = NumpyNamespace | TorchNamespace | JaxNamespace
+Namespace = Any  # one of the three classes above; alike by their method names, which is all that their callers rely on
 
 NUMPY = NumpyNamespace()
 _KNOWN: dict[str, Namespace] = {"numpy": NUMPY}
