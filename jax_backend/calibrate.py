@@ -1,0 +1,201 @@
+"""Calibration: statistics of weights and activations become amax. `max` is the largest magnitude seen."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from core.config import ConfigWarning
+from core.config.algorithms import AlgorithmConfig, read_algorithm, register_algorithm_name, substitute_unimplemented
+from core.config.frozen import thaw
+from jax_backend import discover, groups, statistics, tree, weights
+from jax_backend.apply import QuantModule
+from jax_backend.discover import Found
+from jax_backend.quantizer import CALIBRATE, QUANTIZE, AnyQuantizer
+
+ForwardLoop = Callable[[Any], Any]
+Algorithm = Callable[..., dict[str, Any]]
+Creator = Callable[[list[Found]], dict[str, Any]]
+
+_ALGORITHMS: dict[str, Algorithm] = {}
+
+
+class Runner:
+  """What a forward loop calls as its model: one jitted step that runs the module and threads the quantizers' state.
+
+  Attributes:
+    quant: the quantizer tree as of the last call.
+  """
+
+  def __init__(self, qmodule: QuantModule, qvariables: Mapping[str, Any], create: Creator | None = None, collect: bool = True) -> None:
+    self._qmodule = qmodule
+    self._variables = {name: value for name, value in qvariables.items() if name != "quant"}
+    self._create = create
+    self._mode = CALIBRATE if collect else QUANTIZE
+    self._seen: set[Any] = set()
+    self.calls = 0
+    self.quant: dict[str, Any] = dict(qvariables.get("quant", {}))
+
+  def __call__(self, *args: Any, rngs: Any = None, method: Any = None, mutable: Any = False, **kwargs: Any) -> Any:
+    """The module's own result; arguments as for `module.apply`. Arrays are traced, all other arguments are static."""
+    dynamic, rest = discover.split_arrays(args, kwargs)
+    shapes = tuple(None if a is None else (tuple(a.shape), str(a.dtype)) for a in dynamic)
+    signature = (rest, shapes, method, _frozen(mutable))
+    if signature not in self._seen:
+      self._prepare(args, kwargs, rngs, method, mutable)
+      self._seen.add(signature)
+    self.calls += 1
+    y, self.quant = _step(self._qmodule, rest, method, _frozen(mutable), self._variables, self.quant, dynamic, rngs)
+    return y
+
+  def apply(self, _: Any, *args: Any, **kwargs: Any) -> Any:
+    """As `__call__`, for loops that are written with `model.apply(variables, batch)`; the variables given are not used."""
+    return self(*args, **kwargs)
+
+  def _prepare(self, args: Any, kwargs: Any, rngs: Any, method: Any, mutable: Any) -> None:
+    found = discover.trace(self._qmodule.module, self._variables, args, kwargs, rngs=rngs, method=method, mutable=mutable)
+    if self._create is not None:
+      created = self._create(found)
+      known = {(path, name): q for path, name, q in tree.items(self.quant)}
+      fresh = {key: q.with_mode(self._mode) for key, q in _entries(created).items() if key not in known}
+      self.quant = tree.build({**known, **fresh})
+    if self._mode == CALIBRATE:
+      self.quant = statistics.seed_all(self.quant, found)
+
+
+def _entries(quant: Mapping[str, Any]) -> dict[tuple[tuple[str, ...], str], AnyQuantizer]:
+  return {(path, name): q for path, name, q in tree.items(quant)}
+
+
+def _frozen(mutable: Any) -> Any:
+  return tuple(mutable) if isinstance(mutable, list | set) else mutable
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _step(qmodule: QuantModule, rest: Any, method: Any, mutable: Any, variables: Any, quant: Any, dynamic: Any, rngs: Any) -> Any:
+  args, kwargs = discover.join_arrays(dynamic, rest)
+  mutable = list(mutable) if isinstance(mutable, tuple) else mutable
+  return qmodule.run({**variables, "quant": quant}, args, kwargs, rngs=rngs, method=method, mutable=mutable)
+
+
+def register_algorithm(name: str, options: Iterable[str] | None = None) -> Callable[[Algorithm], Algorithm]:
+  """Decorator that makes `algorithm: name` run a function of your own.
+
+  Args:
+    name: the method's name in a configuration.
+    options: names of the options it takes; None for any.
+
+  Returns:
+    A decorator for `fn(qmodule, qvariables, forward_loop, create=None, **options) -> qvariables`. `create` (None when the quantizers are
+    known) must be handed to the `Runner` of its forward loop: it makes the quantizers at the first call.
+  """
+
+  def register(fn: Algorithm) -> Algorithm:
+    register_algorithm_name(name, options)
+    _ALGORITHMS[name] = fn
+    return fn
+
+  return register
+
+
+def calibrate(qmodule: QuantModule, qvariables: Mapping[str, Any], algorithm: Any = "max", forward_loop: ForwardLoop | None = None) -> dict[str, Any]:
+  """Calibrate a quantized model again.
+
+  Args:
+    qmodule: what `quantize` returned.
+    qvariables: its variables; they are not changed.
+    algorithm: name, {"method": name, ...}, a list of these, or None (nothing happens).
+    forward_loop: called with a runner; runs it on calibration data, as `model(batch)`.
+
+  Returns:
+    New variables.
+
+  Raises:
+    ValueError: the variables have no quantizers, an unknown algorithm, or non-finite calibration data.
+    TypeError: forward_loop is no function.
+  """
+  if "quant" not in qvariables:
+    raise ValueError("these variables have no quantizers; call quantize(module, variables, config, forward_loop) first")
+  return run(qmodule, qvariables, read_algorithm(algorithm), forward_loop)
+
+
+def run(
+  qmodule: QuantModule,
+  qvariables: Mapping[str, Any],
+  algorithm: tuple[AlgorithmConfig, ...],
+  forward_loop: ForwardLoop | None,
+  entries: Iterable[Any] = (),
+  create: Creator | None = None,
+) -> dict[str, Any]:
+  """Run calibration steps in order; `entries` are the rules they belong to, for warnings, `create` makes missing quantizers."""
+  if forward_loop is not None and not callable(forward_loop):
+    raise TypeError(f"forward_loop must be a function of the model, got {type(forward_loop).__name__}")
+  steps, messages = substitute_unimplemented(algorithm, entries)
+  for message in messages:
+    warnings.warn(message, ConfigWarning, stacklevel=4)
+  result = dict(qvariables)
+  if not steps and create is not None and forward_loop is not None:
+    runner = Runner(qmodule, result, create, collect=False)
+    forward_loop(runner)
+    result = {**result, "quant": _created(runner)}
+  for step in steps:
+    result = _ALGORITHMS[str(step.method)](qmodule, result, forward_loop, create=create, **thaw(step.options))
+    create = None
+  _warn_uncalibrated(result, forward_loop)
+  return result
+
+
+@register_algorithm("max")
+def max_calibrate(
+  qmodule: QuantModule, qvariables: Mapping[str, Any], forward_loop: ForwardLoop | None = None, create: Creator | None = None, **_: Any
+) -> dict[str, Any]:
+  """amax of every weight, and of every activation over the forward loop; siblings then share their tensor-level scales.
+
+  While the loop runs nothing is quantized, so that no layer's statistics depend on another's format.
+  """
+  quant = dict(qvariables.get("quant", {}))
+  if forward_loop is not None and (create is not None or any(_needs_data(q) for _, _, q in tree.items(quant) if q.param is None)):
+    start = {key: q.with_mode(CALIBRATE) for key, q in _entries(quant).items()}
+    runner = Runner(qmodule, {**qvariables, "quant": tree.build(start)}, create)
+    forward_loop(runner)
+    quant = tree.map_named(lambda name, q: statistics.finish(q, name), _created(runner))
+  done = _entries(quant)
+  for path, name, quantizer, weight in weights.each({**qvariables, "quant": quant}):
+    if quantizer.is_enabled:
+      done[path, name] = weights.calibrate(quantizer, weight, tree.full_name(path, name))
+  return {**qvariables, "quant": groups.merge(tree.build(done))}
+
+
+def _created(runner: Runner) -> dict[str, Any]:
+  if not runner.calls and not runner.quant:
+    raise ValueError("the forward loop never called the model, so nothing is known about its modules; call model(batch) in it")
+  return runner.quant
+
+
+def _needs_data(quantizer: AnyQuantizer) -> bool:
+  return any(_waits(q) for q in quantizer.leaves)
+
+
+def _waits(quantizer: Any) -> bool:
+  needs_bias = quantizer.config.bias is not None and not quantizer.config.bias.dynamic
+  return quantizer.is_enabled and (quantizer.config.needs_calibration or needs_bias)
+
+
+def _warn_uncalibrated(qvariables: Mapping[str, Any], forward_loop: ForwardLoop | None) -> None:
+  names = [
+    tree.full_name(path, name)
+    for path, name, q in tree.items(qvariables.get("quant", {}))
+    if q.param is None and any(_waits(one) and one.amax is None for one in q.leaves)
+  ]
+  if names:
+    reason = "no forward_loop ran" if forward_loop is None else "the calibration data never reached them, or no algorithm calibrated them"
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    warnings.warn(
+      f"{len(names)} static activation quantizers have no amax ({reason}) and take it from each input, as dynamic ones do: {shown}",
+      ConfigWarning,
+      stacklevel=4,
+    )

@@ -1,0 +1,39 @@
+"""Quantized values in the place of weights, once and for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax.core import meta
+
+from jax_backend import tree, weights
+from jax_backend.apply import QuantModule
+from jax_backend.quantizer import FOLDED
+
+
+def fold_weight(qmodule: QuantModule, qvariables: Mapping[str, Any]) -> dict[str, Any]:
+  """Replace every weight by its quantized values, so that evaluation does not compute them again. Outputs stay bit for bit.
+
+  Args:
+    qmodule: what `quantize` returned.
+    qvariables: its variables; they are not changed.
+
+  Returns:
+    New variables: weights folded, their quantizers in mode "folded" (off for good; `quantize` again to start over).
+  """
+  params = qvariables.get("params", {})
+  done = {(path, name): q for path, name, q in tree.items(qvariables.get("quant", {}))}
+  for path, name, quantizer, weight in weights.each(qvariables):
+    if quantizer.is_enabled:
+      folded = weights.from_front(weights.quantized(quantizer, weight), quantizer.stack)
+      params = _replaced(params, (*path, str(quantizer.param)), folded)
+      done[path, name] = quantizer.map(lambda q: q.replace(mode=FOLDED))
+  return {**qvariables, "params": params, "quant": tree.build(done)}
+
+
+def _replaced(node: Any, path: tuple[str, ...], value: Any) -> Any:
+  """The tree with another value at a path; a boxed parameter keeps its box."""
+  if not path:
+    return node.replace_boxed(value) if isinstance(node, meta.AxisMetadata) else value
+  return {**node, path[0]: _replaced(node[path[0]], path[1:], value)}

@@ -1,0 +1,127 @@
+"""Quantization of unmodified linen modules while they run, through `flax.linen.intercept_methods`.
+
+Nothing is patched globally. An interceptor acts only on modules in whose parameters quantizers ride (`tree.Rider`), so two models in one
+process never disturb each other. Weights are quantized where the module asks for them: `Module.param` of that one instance is shadowed for
+the duration of the call (and of `setup`), so that sown collections, rngs, paths and lifted transforms work as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from jax_backend import modules, statistics, tree
+from jax_backend.lifted import is_lifted
+from jax_backend.quantizer import CALIBRATE, AnyQuantizer
+from jax_backend.tree import RIDER, Rider
+
+INPUT, OUTPUT = "input_quantizer", "output_quantizer"
+RNG = "quantize"  # name of the rng stream that stochastic rounding draws from
+_calls = threading.local()
+
+
+@contextlib.contextmanager
+def _entered(module: nn.Module, method: str) -> Iterator[bool]:
+  """Whether this is the outermost call of that method on that instance: `super().__call__` fires an interceptor again."""
+  active = _calls.__dict__.setdefault("active", set())
+  key = (id(module), method)
+  if key in active:
+    yield False
+    return
+  active.add(key)
+  try:
+    yield True
+  finally:
+    active.discard(key)
+
+
+@contextlib.contextmanager
+def shadow_param(module: nn.Module, change: Mapping[str, Callable[[Any], Any]]) -> Iterator[None]:
+  """`module.param(name, ...)` returns `change[name]` of the parameter, for this instance, while the context is open."""
+  if not change or "param" in vars(module):
+    yield
+    return
+  original = module.param
+
+  def param(name: str, *args: Any, **kwargs: Any) -> Any:
+    value = original(name, *args, **kwargs)
+    if name not in change:
+      return value
+    if isinstance(value, meta.AxisMetadata):
+      return value.replace_boxed(change[name](value.unbox()))
+    return change[name](value)
+
+  object.__setattr__(module, "param", param)
+  try:
+    yield
+  finally:
+    object.__delattr__(module, "param")
+
+
+def quantizing(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+  """The interceptor of `QuantModule.apply`."""
+  module = context.module
+  if module.scope is None or is_lifted(context) or not module.has_variable("params", RIDER):
+    return next_fun(*args, **kwargs)
+  rider: Rider = module.get_variable("params", RIDER)
+  kind = modules.kind_of(type(module))
+  if kind is None:
+    raise ValueError(
+      f"module {'/'.join(module.path)!r} has quantizers, but its class {type(module).__name__} is not registered; register it with "
+      "jax_backend.register before calling the model, or quantize again"
+    )
+  with _entered(module, context.method_name) as outermost:
+    if not outermost:
+      return next_fun(*args, **kwargs)
+    own = {name: tree.board(q) for name, q in rider.quantizers.items()}
+    weights = {q.param: _with_key(module, q) for q in own.values() if q.param is not None and q.acts}
+    with shadow_param(module, weights):
+      if context.method_name not in kind.methods:
+        return next_fun(*args, **kwargs)
+      return _call(next_fun, args, kwargs, module, own)
+
+
+def _call(next_fun: Callable[..., Any], args: Any, kwargs: Any, module: nn.Module, own: dict[str, AnyQuantizer]) -> Any:
+  into, out = own.get(INPUT), own.get(OUTPUT)
+  if into is not None and (args or kwargs):
+    x = modules.first_argument(args, kwargs)
+    if into.acts and hasattr(x, "dtype"):
+      args, kwargs = modules.replace_first(args, kwargs, _pass(module, INPUT, into, jnp.asarray(x)))
+  y = next_fun(*args, **kwargs)
+  if out is not None and out.acts and isinstance(y, jax.Array):
+    y = _pass(module, OUTPUT, out, y)
+  return y
+
+
+def _pass(module: nn.Module, name: str, quantizer: AnyQuantizer, x: Any) -> Any:
+  """x through the quantizer; while calibrating, its statistics go back to where the quantizer rides."""
+  if quantizer.mode == CALIBRATE:
+    try:
+      updated = statistics.collect(quantizer, x)
+    except ValueError as error:
+      raise ValueError(f"quantizer {tree.full_name(tuple(module.path), name)!r}: {error}") from error
+    rider: Rider = module.get_variable("params", RIDER)
+    module.put_variable("params", RIDER, Rider({**rider.quantizers, name: tree.disembark(updated)}))
+  return _with_key(module, quantizer)(x)
+
+
+def _with_key(module: nn.Module, quantizer: AnyQuantizer) -> Callable[[Any], Any]:
+  """The quantizer, with a key of the rng stream "quantize" where it rounds stochastically."""
+  if not any(q.is_enabled and q.config.spec.rounding == "stochastic" for q in quantizer.leaves):
+    return quantizer
+  if not module.has_rng(RNG):
+    raise ValueError(f'stochastic rounding needs a key: call apply(..., rngs={{"{RNG}": jax.random.key(0)}})')
+
+  def quantize(x: Any) -> Any:
+    words = jax.random.key_data(module.make_rng(RNG)).reshape(-1)[:2]
+    key = jax.lax.bitcast_convert_type(words, jnp.int32)
+    return quantizer(x, (key[0], key[1]))
+
+  return quantize

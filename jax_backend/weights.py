@@ -1,0 +1,115 @@
+"""Weights outside a forward pass: reading them, calibrating their quantizers, and what they become when they are quantized."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from core.config.schema import QuantizerConfig
+from jax_backend import layouts, sharding, statistics, tree
+from jax_backend.quantizer import QUANTIZE, AnyQuantizer, Quantizer, SequentialQuantizer
+from jax_backend.tree import Path
+
+
+def each(qvariables: Mapping[str, Any]) -> Iterator[tuple[Path, str, AnyQuantizer, Any]]:
+  """(module path, quantizer name, quantizer, stored weight with stacked axes in front) of every weight quantizer."""
+  for path, name, quantizer in tree.items(qvariables.get("quant", {})):
+    if quantizer.param is None:
+      continue
+    node = tree.lookup(qvariables.get("params", {}), (*path, quantizer.param))
+    if node is None:
+      raise ValueError(f"quantizer {tree.full_name(path, name)!r} has no parameter {'/'.join((*path, quantizer.param))!r} in params")
+    yield path, name, quantizer, to_front(jnp.asarray(meta.unbox(node)), quantizer.stack)
+
+
+def to_front(weight: Any, stack: tuple[int, ...]) -> Any:
+  """The stacked axes of a stored weight in front."""
+  return weight if stack == tuple(range(len(stack))) else jnp.moveaxis(weight, stack, range(len(stack)))
+
+
+def from_front(weight: Any, stack: tuple[int, ...]) -> Any:
+  """The inverse of `to_front`."""
+  return weight if stack == tuple(range(len(stack))) else jnp.moveaxis(weight, range(len(stack)), stack)
+
+
+def calibrate(quantizer: AnyQuantizer, weight: Any, name: str) -> AnyQuantizer:
+  """The quantizer with the amax of its weight; of a sequence, each with that of what the one before it returns.
+
+  Args:
+    quantizer: a weight quantizer; returned as it is where it takes its scales from the weight at hand.
+    weight: stored weight, stacked axes in front.
+    name: for messages.
+
+  Raises:
+    ValueError: the weight holds NaN or infinity.
+  """
+  if isinstance(quantizer, SequentialQuantizer):
+    children = []
+    for i, child in enumerate(quantizer.children):
+      children.append(calibrate(child, weight, f"{name}.{i}"))
+      if i + 1 < len(quantizer.children):
+        weight = quantized(children[-1], weight)
+    return SequentialQuantizer(tuple(children))
+  if not quantizer.needs_calibration or not jnp.issubdtype(weight.dtype, jnp.floating):
+    return quantizer
+  amax, nonfinite = _amax(_bare(quantizer), weight)
+  statistics.check_finite(int(nonfinite), name)
+  return quantizer.with_amax(sharding.like_weight(amax, weight, quantizer.layout, len(quantizer.stack)))
+
+
+def quantized(quantizer: AnyQuantizer, weight: Any) -> Any:
+  """The weight as the model computes with it.
+
+  Args:
+    quantizer: a weight quantizer.
+    weight: stored weight, stacked axes in front.
+  """
+  return _quantized(jax.tree.map(lambda leaf: leaf, _bare(quantizer)), weight)
+
+
+def _bare(quantizer: AnyQuantizer) -> AnyQuantizer:
+  """The quantizer without what only names it, so that layers of one shape share one compilation."""
+  return quantizer.map(lambda q: q.replace(parent_classes=(), group=None))
+
+
+@jax.jit
+def _amax(quantizer: Quantizer, weight: Any) -> tuple[Any, Any]:
+  def one(q: Quantizer, w: Any) -> Any:
+    return q.amax_of(q.prepare(w))
+
+  nonfinite = jnp.sum(~jnp.isfinite(weight), dtype=jnp.int32)
+  return layouts.over_stack(one, len(quantizer.stack))(quantizer, weight), nonfinite
+
+
+@jax.jit
+def _quantized(quantizer: AnyQuantizer, weight: Any) -> Any:
+  return layouts.over_stack(lambda q, w: q(w), len(quantizer.stack))(quantizer.with_mode(QUANTIZE), weight)
+
+
+def weight_quantization(qmodule: Any, qvariables: Mapping[str, Any]) -> dict[str, tuple[Any, QuantizerConfig | tuple[QuantizerConfig, ...], Any]]:
+  """Every enabled weight quantizer's tensor as torch would hold it, for comparison code by code.
+
+  `core.quantize(weight, config.spec, amax)` gives the codes and scales that the model computes with.
+
+  Args:
+    qmodule: what `quantize` returned.
+    qvariables: its variables.
+
+  Returns:
+    quantizer name -> (weight in torch's layout, [out, in] or OIHW, before quantization; its QuantizerConfig; amax, float32 in torch's axes,
+    or None where it is taken from the weight). Stacked layers and experts keep their axes in front; for a sequential quantizer config
+    and amax are tuples.
+  """
+  result = {}
+  for path, name, quantizer, weight in each(qvariables):
+    if quantizer.is_enabled:
+      show = functools.partial(layouts.to_torch, layout=quantizer.layout)
+      shown = layouts.over_stack(show, len(quantizer.stack))(weight)
+      amax = tuple(child.amax for child in quantizer.leaves) if isinstance(quantizer, SequentialQuantizer) else quantizer.amax
+      result[tree.full_name(path, name)] = (shown, quantizer.config, amax)
+  return result
