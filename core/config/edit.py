@@ -81,9 +81,8 @@ def extend_preset(config: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: unknown preset.
   """
-  names = config["preset"]
-  names = [names] if isinstance(names, str) else list(names)
-  if not names:
+  names = [config["preset"]] if isinstance(config["preset"], str) else config["preset"]
+  if not isinstance(names, list | tuple) or not names:
     raise ValueError(f"config: preset is {config['preset']!r}; a preset's name or a list of names is needed")
   merged: dict[str, Any] = {"quant_cfg": {}, "algorithm": None}
   for name in names:

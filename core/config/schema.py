@@ -106,9 +106,10 @@ def _e8m0_rule(attributes: Mapping[str, Any], blocks: read.Blocks | None, defaul
   if inner is not None and outer is not None and inner != outer:
     raise ValueError(f"e8m0_rule {outer!r} contradicts block_sizes['e8m0_rule'] {inner!r}; leave one of them out")
   rule = outer or inner
-  if rule is not None and (blocks is None or blocks.scale_format != formats.E8M0):
+  power_of_two = blocks is not None and blocks.scale_format == formats.E8M0
+  if rule is not None and not power_of_two:
     raise ValueError(f"e8m0_rule {rule!r} needs a power-of-two scale: block_sizes with 'scale_bits': (8, 0)")
-  return rule or (default.e8m0_rule if default is not None and default.is_mx else "rceil")
+  return rule or (default.e8m0_rule if default is not None and power_of_two else "rceil")
 
 
 def _zero_point(attributes: Mapping[str, Any], element: formats.Format, default: bool) -> bool:

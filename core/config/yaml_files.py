@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,15 +66,12 @@ def save_config(config: Mapping[str, Any] | QuantConfig, path: str | os.PathLike
     text = json.dumps(_string_keys(plain), indent=2) + "\n"
   else:
     text = _yaml().safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
-  handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+  temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
   try:
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-      stream.write(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
-  except BaseException:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(temporary)
-    raise
+  finally:
+    temporary.unlink(missing_ok=True)
   return file
 
 
