@@ -56,10 +56,11 @@ def _blocked(shape: tuple[int, ...], spec: QuantSpec) -> Tiling:
   padded, tiles, reduce, scales, expanded = [], [], [], [], []
   for i, n in enumerate(shape):
     if i not in sizes:
-      padded.append(n), tiles.append(n), scales.append(n), expanded.append(n)
+      for lengths in (padded, tiles, scales, expanded):
+        lengths.append(n)
       continue
-    size = n if sizes[i] is None else sizes[i]
-    count = 1 if sizes[i] is None else -(-n // size)
+    size = sizes[i] or max(n, 1)
+    count = -(-n // size)
     if count * size != n and not spec.pad:
       raise ValueError(
         f"block size {size} does not divide axis {i - len(shape)} of length {n} (shape {list(shape)}); use a divisor or pad=True"

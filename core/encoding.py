@@ -89,7 +89,7 @@ def pack_codes(codes: Array, width: int) -> Array:
   groups = codes.reshape((*codes.shape[:-1], codes.shape[-1] // per_group, per_group))
   out = []
   for byte in range(bytes_per_group):
-    value = None
+    value: Array = None
     for j in range(per_group):
       shift = j * width - byte * 8
       if -width < shift < 8:
