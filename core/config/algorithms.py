@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from core.config.frozen import FrozenDict, check_choice, check_keys, thaw
@@ -93,13 +93,15 @@ def read_algorithm(value: Any) -> tuple[AlgorithmConfig, ...]:
 
 
 def substitute_unimplemented(
-  algorithms: Iterable[AlgorithmConfig], entries: Iterable[Any] = ()
+  algorithms: Iterable[AlgorithmConfig], entries: Iterable[Any] = (), implemented: Container[str] | None = None
 ) -> tuple[tuple[AlgorithmConfig, ...], list[str]]:
   """Puts max in the place of what cannot run yet.
 
   Args:
     algorithms: the steps that were asked for.
     entries: the rules of the same configuration; attributes in them that have no effect yet are named too.
+    implemented: names that the calling backend can run (one backend's user algorithms are not the other's); None is
+      IMPLEMENTED_ALGORITHMS.
 
   Returns:
     (steps that can run, in order and without a repeated max; messages that name each replacement, to be given out as ConfigWarning).
@@ -107,8 +109,9 @@ def substitute_unimplemented(
   steps: list[AlgorithmConfig] = []
   messages: list[str] = []
   maximum = AlgorithmConfig("max")
+  runnable = IMPLEMENTED_ALGORITHMS if implemented is None else implemented
   for step in algorithms:
-    if step.method not in IMPLEMENTED_ALGORITHMS:
+    if str(step.method) not in runnable:
       messages.append(f"calibration algorithm {step.method!r} is not implemented; calibrating with 'max' in its place")
       step = maximum
     if step != maximum or maximum not in steps:

@@ -47,8 +47,8 @@ def read_num_bits(value: Any) -> int | tuple[int, int]:
     pair = (int(bits[0]), int(bits[1]))
     if pair in formats.FLOAT_FORMATS:
       return pair
-  elif isinstance(bits, int) and not isinstance(bits, bool) and 2 <= bits <= 8:
-    return bits
+  elif (width := as_int(bits)) is not None and 2 <= width <= 8:
+    return width
   floats = ", ".join(f"{pair} ({fmt.name})" for pair, fmt in formats.FLOAT_FORMATS.items())
   raise ValueError(f"num_bits is {value!r}; allowed are the integers 2 to 8 and (exponent bits, mantissa bits) {floats}")
 

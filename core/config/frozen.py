@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -101,8 +102,8 @@ def check_bool(where: str, value: Any) -> bool:
 
 def as_int(value: Any) -> int | None:
   """The integer that `value` is or spells ("-1": JSON and YAML keys are strings), or None."""
-  if isinstance(value, int) and not isinstance(value, bool):
-    return value
+  if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    return int(value)
   if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
     try:
       return int(value)

@@ -81,11 +81,11 @@ class RotateSpec:
     check_keys("rotate", value, ROTATE_KEYS)
     if "enable" not in value:
       raise ValueError(f"rotate {dict(value)!r} does not say whether it is on; add 'enable': True or 'enable': False")
-    size, seed = value.get("block_size"), value.get("seed")
-    if size is not None and (as_int(size) is None or size < 1 or size & (size - 1)):
-      raise ValueError(f"rotate['block_size'] is {size!r}; allowed are powers of two, or None")
-    if seed is not None and (as_int(seed) is None or not 0 <= seed < 2**31):
-      raise ValueError(f"rotate['seed'] is {seed!r}; allowed are integers from 0 to 2^31 - 1, or None")
+    size, seed = (None if value.get(key) is None else as_int(value[key]) for key in ("block_size", "seed"))
+    if value.get("block_size") is not None and (size is None or size < 1 or size & (size - 1)):
+      raise ValueError(f"rotate['block_size'] is {value['block_size']!r}; allowed are powers of two, or None")
+    if value.get("seed") is not None and (seed is None or not 0 <= seed < 2**31):
+      raise ValueError(f"rotate['seed'] is {value['seed']!r}; allowed are integers from 0 to 2^31 - 1, or None")
     spec = cls(
       check_choice("rotate['mode']", value.get("mode", "rotate"), ROTATE_MODES),
       check_bool("rotate['rotate_fp32']", value.get("rotate_fp32", False)),

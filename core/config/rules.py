@@ -63,8 +63,8 @@ def resolve_all(entries: Iterable[Entry], names_with_classes: Names) -> dict[str
 
 
 def _pairs(names_with_classes: Names) -> list[tuple[str, tuple[str, ...]]]:
-  items = names_with_classes.items() if isinstance(names_with_classes, Mapping) else names_with_classes
-  return [(name, tuple(classes)) for name, classes in items]
+  pairs = dict(names_with_classes)
+  return [(name, tuple(classes)) for name, classes in pairs.items()]
 
 
 def unmatched_patterns(entries: Iterable[Entry], names_with_classes: Names) -> list[str]:

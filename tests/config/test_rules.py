@@ -215,6 +215,7 @@ def test_substitution_of_what_is_not_there(monkeypatch):
   config.register_algorithm_name("mine", ("strength",))
   mine = config.read_algorithm({"method": "mine", "strength": 2})
   assert config.substitute_unimplemented(mine) == (mine, [])
+  assert config.substitute_unimplemented(mine, implemented={"max"})[0] == (AlgorithmConfig("max"),)
   with pytest.raises(ValueError, match=r"algorithm 'mine': unknown key 'power'"):
     config.read_algorithm({"method": "mine", "power": 2})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +59,7 @@ NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_b
     ({"format": "mxint8"}, NAMED["mxint8"]),
     ({"bound": "127.5", "rounding": "stochastic", "pad": True}, QuantSpec(formats.INT8, bound=127.5, rounding="stochastic", pad=True)),
     ({"bound": 127}, QuantSpec(formats.INT8)),
+    ({"num_bits": np.int64(4), "block_sizes": {np.int32(-1): np.int64(8)}}, QuantSpec(formats.INT4, blocks=((-1, 8),))),
   ],
 )
 def test_spec_from_attributes(attributes, spec):
