@@ -28,6 +28,7 @@ class Runtime:
       raise ValueError("numpy has no compiler and no device; leave out --compiled and --device, or use --backend=torch or jax")
     self.backend, self.compiled, self.device = backend, compiled, device
     self.module = importlib.import_module(backend)
+    self._compiled: dict[Any, Callable[..., Any]] = {}
 
   @property
   def name(self) -> str:
@@ -47,9 +48,20 @@ class Runtime:
     if not self.compiled:
       return function
     if self.backend == "torch":
-      self.module.compiler.reset()
       return self.module.compile(function, fullgraph=True, dynamic=False)
     return self.module.jit(function)
+
+  def evaluator(self, spec: QuantSpec, names: tuple[str, ...], stochastic: bool) -> Callable[..., Any]:
+    """`evaluate` for one specification, compiled once: takes x, the arrays called `names`, and the key's two words."""
+    known = self._compiled.get((spec, names, stochastic))
+    if known is None:
+
+      def function(x: Array, *arrays: Array) -> tuple[Array | None, ...]:
+        key = arrays[len(names) :] if stochastic else None
+        return evaluate(x, spec, dict(zip(names, arrays, strict=False)), key)
+
+      known = self._compiled[spec, names, stochastic] = self.compile(function)
+    return known
 
 
 @dataclasses.dataclass
@@ -123,13 +135,9 @@ def check_case(case: dict[str, Any], runtime: Runtime, result: FileResult) -> No
   given = {k: v for k, v in (("amax", _amax(case)), ("tensor_amax", _tensor_amax(case))) if v is not None}
   if spec.two_level and spec.dynamic and "tensor_amax" in given:
     given = {"amax": given["tensor_amax"]}
-  names, values = list(given), [runtime.array(v) for v in given.values()]
-  key = None if "key" not in case else tuple(case["key"])
-
-  def all_of(x: Array, *values: Array) -> tuple[Array, ...]:
-    return evaluate(x, spec, dict(zip(names, values, strict=True)), key)
-
-  out = dict(zip(FIELDS, (None if v is None else to_numpy(v) for v in runtime.compile(all_of)(runtime.array(x), *values)), strict=True))
+  words = [int32_word(k) for k in case.get("key", ())]
+  arrays = runtime.evaluator(spec, tuple(given), bool(words))(*(runtime.array(v) for v in (x, *given.values(), *words)))
+  out = dict(zip(FIELDS, (None if v is None else to_numpy(v) for v in arrays), strict=True))
   result.cases += 1
   label = f"{result.name}: {case['name']}: "
   want = _expected(expected, spec, x.shape)
@@ -148,7 +156,12 @@ def check_case(case: dict[str, Any], runtime: Runtime, result: FileResult) -> No
 FIELDS = ("own_amax", "codes", "scale", "tensor_scale", "zero_point", "values", "dequantized", "packed")
 
 
-def evaluate(x: Array, spec: QuantSpec, given: dict[str, Array], key: tuple[int, int] | None) -> tuple[Array, ...]:
+def int32_word(k: int) -> np.ndarray:
+  """One word of a key as a 0-d int32, whichever sign it was written with."""
+  return np.array(k & 0xFFFFFFFF, np.uint32).view(np.int32)
+
+
+def evaluate(x: Array, spec: QuantSpec, given: dict[str, Array], key: tuple[Array, Array] | None) -> tuple[Array | None, ...]:
   """Everything that a case pins down, in the order of FIELDS."""
   q = core.quantize(x, spec, key=key, **given)
   values = core.fake_quantize(x, spec, key=key, **given)
@@ -185,7 +198,7 @@ def _expected(expected: dict[str, Any], spec: QuantSpec, shape: tuple[int, ...])
 
 def _check_random_bits(entry: dict[str, Any], runtime: Runtime, result: FileResult) -> None:
   counters = runtime.array(np.array(entry["counters"], np.int32))
-  key = tuple(runtime.array(np.array(k & 0xFFFFFFFF, np.uint32).view(np.int32)) for k in entry["key"])
+  key = tuple(runtime.array(int32_word(k)) for k in entry["key"])
   words = runtime.compile(lambda a, b, c: bits.threefry2x32((a, b), c))(*key, counters)
   expected = np.array([int(w, 16) for w in entry["words"].split()], np.uint32).view(np.int32)
   result.cases += 1

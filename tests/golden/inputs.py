@@ -1,4 +1,4 @@
-"""Inputs of the conformance vectors: grids with neighbours, special values, seeded random numbers. Expected numbers come from exact_tensor.py."""
+"""Inputs of the conformance vectors: grids with neighbours, special values, seeded random numbers."""
 
 from __future__ import annotations
 
