@@ -1,18 +1,59 @@
-"""twinquant for JAX and Flax linen: pure functions over unmodified modules.
+"""Quantization of JAX models: pure functions over unmodified Flax linen modules.
 
->>> qmodule, qvariables = quantize(module, variables, INT8_DEFAULT_CFG, lambda model: [model(batch) for batch in data])
->>> y = qmodule.apply(qvariables, x)
+>>> from jax_backend import INT8_DEFAULT_CFG, quantize
+>>> qmodule, qvariables = quantize(module, variables, INT8_DEFAULT_CFG, forward_loop=lambda m: [m(batch) for batch in batches])
+>>> qmodule.apply(qvariables, x)                   # simulated quantization; jit it, train qvariables["params"], fold it
+
+The arithmetic is `core`'s and the same, bit for bit, as in PyTorch. Every preset of `core.config` is a name of this module.
 """
 
-from core import config as _config
-from core.config import presets as _presets
+from typing import Any
+
+from core.config import DEFAULT_GROUPS, EXPERT_GROUPS, PRESETS, ConfigWarning, QuantizerConfig, choices, preset
 from jax_backend.apply import QuantModule
-from jax_backend.calibrate import calibrate, register_algorithm
+from jax_backend.calibrate import Runner, calibrate, max_calibrate, register_algorithm
 from jax_backend.convert import quantize
 from jax_backend.edit import disable_quantizer, enable_quantizer, quantizers, set_quantizer_by_cfg
 from jax_backend.fold import fold_weight
 from jax_backend.modules import register, unregister
 from jax_backend.quantizer import Quantizer, SequentialQuantizer
+from jax_backend.summary import print_quant_summary, summary
 from jax_backend.weights import weight_quantization
 
-globals().update(_presets.PRESETS)
+__all__ = [
+  "DEFAULT_GROUPS",
+  "EXPERT_GROUPS",
+  "ConfigWarning",
+  "QuantModule",
+  "Quantizer",
+  "QuantizerConfig",
+  "Runner",
+  "SequentialQuantizer",
+  "calibrate",
+  "choices",
+  "disable_quantizer",
+  "enable_quantizer",
+  "fold_weight",
+  "max_calibrate",
+  "preset",
+  "print_quant_summary",
+  "quantize",
+  "quantizers",
+  "register",
+  "register_algorithm",
+  "set_quantizer_by_cfg",
+  "summary",
+  "unregister",
+  "weight_quantization",
+]
+
+
+def __getattr__(name: str) -> Any:
+  """The presets: `jax_backend.INT8_DEFAULT_CFG` and its like."""
+  if name in PRESETS:
+    return PRESETS[name]
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return [*__all__, *PRESETS]

@@ -102,7 +102,9 @@ def register_algorithm(name: str, options: Iterable[str] | None = None) -> Calla
   return register
 
 
-def calibrate(qmodule: QuantModule, qvariables: Mapping[str, Any], algorithm: Any = "max", forward_loop: ForwardLoop | None = None) -> dict[str, Any]:
+def calibrate(
+  qmodule: QuantModule, qvariables: Mapping[str, Any], algorithm: Any = "max", forward_loop: ForwardLoop | None = None
+) -> dict[str, Any]:
   """Calibrate a quantized model again.
 
   Args:
@@ -134,7 +136,7 @@ def run(
   """Run calibration steps in order; `entries` are the rules they belong to, for warnings, `create` makes missing quantizers."""
   if forward_loop is not None and not callable(forward_loop):
     raise TypeError(f"forward_loop must be a function of the model, got {type(forward_loop).__name__}")
-  steps, messages = substitute_unimplemented(algorithm, entries)
+  steps, messages = substitute_unimplemented(algorithm, entries, _ALGORITHMS)
   for message in messages:
     warnings.warn(message, ConfigWarning, stacklevel=4)
   result = dict(qvariables)

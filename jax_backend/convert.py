@@ -56,7 +56,7 @@ def quantize(
     nonlocal checked
     made = edit.create(found, plan.entries)
     if not checked:
-      names = [("/".join((*path, name)), q.leaves[0].parent_classes) for (path, name), q in made.items()]
+      names = [(".".join((*path, name)), q.leaves[0].parent_classes) for (path, name), q in made.items()]
       rules.check_effect(plan.entries, names, stacklevel=3)
       checked = True
     return groups.assign(tree.build(made), group_rules)
@@ -74,7 +74,9 @@ def _check(module: Any, variables: Any) -> None:
   if not isinstance(variables, Mapping):
     raise TypeError(f"variables must be a mapping such as module.init(...) returns, got {type(variables).__name__}")
   if "params" not in variables:
-    raise ValueError(f"variables has no 'params' (collections: {', '.join(variables) or 'none'}); pass what module.init returned, not its params")
+    raise ValueError(
+      f"variables has no 'params' (collections: {', '.join(variables) or 'none'}); pass what module.init returned, not its params"
+    )
 
 
 def _example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

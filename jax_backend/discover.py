@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jax_backend import modules, tree
-from jax_backend.lifted import is_lifted, with_params
 from jax_backend.layouts import Layout
+from jax_backend.lifted import is_lifted, with_params
 from jax_backend.modules import ModuleKind
 from jax_backend.tree import RIDER, Path, Rider
 
@@ -166,7 +166,7 @@ def guess_inputs(module: nn.Module, variables: Mapping[str, Any]) -> tuple[Any, 
   for guess in guesses[:12]:
     try:
       trace(module, variables, (guess,), {}, rngs=None, method=None, mutable=False)
-    except Exception:  # noqa: BLE001, S112  whatever a user's module raises on a shape that it does not take
+    except Exception:  # whatever a user's module raises on a shape that it does not take
       continue
     return (guess,)
   raise ValueError(

@@ -129,9 +129,7 @@ _BUILT_IN: dict[type[nn.Module], ModuleKind] = {
   nn.Einsum: ModuleKind((("kernel", _einsum_kernel),), _einsum_input, _always(SAME), _names("nn.Linear")),
   nn.Conv: _CONV,
   nn.ConvLocal: _CONV,
-  nn.ConvTranspose: ModuleKind(
-    (("kernel", _conv_transpose_kernel),), _conv_activation, _conv_activation, _ranked("ConvTranspose")
-  ),
+  nn.ConvTranspose: ModuleKind((("kernel", _conv_transpose_kernel),), _conv_activation, _conv_activation, _ranked("ConvTranspose")),
   # The input of a table is indices, so its input quantizer exists for the name only; the query of `attend` passes as it is.
   nn.Embed: ModuleKind((("embedding", _always(layouts.fixed((0,), (1,)))),), _always(SAME), _always(SAME), _names("nn.Embedding")),
   nn.LayerNorm: _normalization(SAME, "nn.LayerNorm"),

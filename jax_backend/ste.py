@@ -24,7 +24,9 @@ def _fake_quantize(spec: QuantSpec, x: Any, amax: Any, tensor_amax: Any, scales:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def fake_quantize(spec: QuantSpec, pass_through: bool, x: Any, amax: Any = None, tensor_amax: Any = None, scales: Any = None, key: Any = None) -> Any:
+def fake_quantize(
+  spec: QuantSpec, pass_through: bool, x: Any, amax: Any = None, tensor_amax: Any = None, scales: Any = None, key: Any = None
+) -> Any:
   """`core.fake_quantize(x, spec, ...)` with a straight-through gradient to x.
 
   Args:

@@ -69,7 +69,7 @@ def quantized(quantizer: AnyQuantizer, weight: Any) -> Any:
     quantizer: a weight quantizer.
     weight: stored weight, stacked axes in front.
   """
-  return _quantized(jax.tree.map(lambda leaf: leaf, _bare(quantizer)), weight)
+  return _quantized(_bare(quantizer), weight)
 
 
 def _bare(quantizer: AnyQuantizer) -> AnyQuantizer:
@@ -91,7 +91,10 @@ def _quantized(quantizer: AnyQuantizer, weight: Any) -> Any:
   return layouts.over_stack(lambda q, w: q(w), len(quantizer.stack))(quantizer.with_mode(QUANTIZE), weight)
 
 
-def weight_quantization(qmodule: Any, qvariables: Mapping[str, Any]) -> dict[str, tuple[Any, QuantizerConfig | tuple[QuantizerConfig, ...], Any]]:
+WeightState = tuple[Any, QuantizerConfig | tuple[QuantizerConfig, ...], Any]
+
+
+def weight_quantization(qmodule: Any, qvariables: Mapping[str, Any]) -> dict[str, WeightState]:
   """Every enabled weight quantizer's tensor as torch would hold it, for comparison code by code.
 
   `core.quantize(weight, config.spec, amax)` gives the codes and scales that the model computes with.
