@@ -22,6 +22,7 @@ Algorithm = Callable[..., dict[str, Any]]
 Creator = Callable[[list[Found]], dict[str, Any]]
 
 _ALGORITHMS: dict[str, Algorithm] = {}
+_SHARED = ("broadcasted variable has a data dependency", "got axis spec None but output was batched")
 
 
 class Runner:
@@ -49,7 +50,16 @@ class Runner:
       self._prepare(args, kwargs, rngs, method, mutable)
       self._seen.add(signature)
     self.calls += 1
-    y, self.quant = _step(self._qmodule, rest, method, _frozen(mutable), self._variables, self.quant, dynamic, rngs)
+    try:
+      y, self.quant = _step(self._qmodule, rest, method, _frozen(mutable), self._variables, self.quant, dynamic, rngs)
+    except ValueError as error:
+      if self._mode == CALIBRATE and any(sign in str(error) for sign in _SHARED):
+        raise ValueError(
+          "a module that needs calibration data shares its parameters over a mapped axis (nn.RNN, or nn.scan or nn.vmap without a params "
+          "axis), and linen lets no state out of such a body; use dynamic input quantizers for it ('type': 'dynamic'), give it a "
+          "'constant_amax', or switch its input quantizers off"
+        ) from error
+      raise
     return y
 
   def apply(self, _: Any, *args: Any, **kwargs: Any) -> Any:

@@ -72,7 +72,7 @@ def run(model: nn.Module, algorithm: tuple[AlgorithmConfig, ...], forward_loop: 
   """Run calibration steps in order; `entries` are the rules they belong to, for warnings."""
   if forward_loop is not None and not callable(forward_loop):
     raise TypeError(f"forward_loop must be a function of the model, got {type(forward_loop).__name__}")
-  steps, messages = substitute_unimplemented(algorithm, entries)
+  steps, messages = substitute_unimplemented(algorithm, entries, _ALGORITHMS)
   for message in messages:
     warnings.warn(message, ConfigWarning, stacklevel=4)
   with evaluation(model), torch.no_grad():
