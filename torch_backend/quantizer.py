@@ -150,10 +150,8 @@ class TensorQuantizer(nn.Module):
     if value is None:
       self.reset_amax()
       return
-    if self.spec.is_mx:
-      raise ValueError(
-        f"quantizer {self.name!r} ({self.config.describe()}) takes its power-of-two scales from each input; it has no amax to set"
-      )
+    if self.is_dynamic:
+      raise ValueError(f"quantizer {self.name!r} ({self.config.describe()}) takes its scales from each input; it has no amax to set")
     self._amax = statistics.checked_amax(value, self._amax, self.spec, self.name)
     self._refresh()
 
@@ -226,6 +224,11 @@ class TensorQuantizer(nn.Module):
     return self._scales
 
   @property
+  def is_dynamic(self) -> bool:
+    """Whether every scale is taken from each input, so that no amax is ever kept (dynamic NVFP4 keeps its tensor amax)."""
+    return self.spec.dynamic and not self.spec.two_level and self.config.constant_amax is None
+
+  @property
   def has_statistics(self) -> bool:
     """Whether calibration has seen data."""
     return self._running.amax is not None
@@ -240,7 +243,8 @@ class TensorQuantizer(nn.Module):
       raise ValueError(f"quantizer {self.name!r} has seen no data since enable_calib(); run the model on calibration data first")
     if self._running.bias is not None and self.config.bias is not None and not self.config.bias.dynamic:
       self._bias_value = self._running.bias
-    self._amax = self._running.amax
+    if not self.is_dynamic:
+      self._amax = self._running.amax
     if self.spec.two_level and not self.spec.dynamic:
       self._tensor_amax = self._amax.max()
     self._running = statistics.Running()

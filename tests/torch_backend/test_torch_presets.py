@@ -53,28 +53,38 @@ def test_calibrated_on_zeros(name):
     assert model(x).isfinite().all()
 
 
+DISTINCT = (
+  "INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "W4A8_AWQ_BETA_CFG",
+  "MXFP4_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "NVFP4_FOUR_OVER_SIX_CFG",
+)  # fmt: skip
+
+
+def mixed_block() -> tuple[torch.nn.Module, torch.Tensor]:
+  """A Llama MLP and an expert behind it, so that every preset finds a layer."""
+
+  class Block(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.mlp = copy.deepcopy(LLAMA.model.layers[0].mlp)
+      self.moe = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(64, 24)])})
+
+    def forward(self, x):
+      return self.moe["experts"][0](self.mlp(x))
+
+  return Block(), torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize("name", WHOLE_PRESETS)
 def test_compiles_without_graph_breaks(name):
-  """One graph for the whole model; each quantizer, compiled alone by inductor's front end, gives the bits of eager."""
   torch._dynamo.reset()
-  model, ids = copy.deepcopy(LLAMA.model.layers[0].mlp), torch.randn(2, 5, 64)
-  experts = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(64, 24)])})
-  block = torch.nn.ModuleDict({"mlp": model, "moe": experts})
-  run = lambda m, x: m["moe"]["experts"][0](m["mlp"](x))  # noqa: E731
+  model, x = mixed_block()
   with torch.no_grad():
-    quietly(block, tb.preset(name), lambda m: run(m, ids))
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(block, ids), run(block, ids))  # aot_eager runs the same kernels in the same order
-    for quantizer in tb.quantizers(block).values():
-      if quantizer.is_enabled:
-        x = torch.randn(24, 128) if "weight" in tensor_quantizers(quantizer)[0].name else torch.randn(3, 5, 128)
-        for one in tensor_quantizers(quantizer):
-          one.reset_amax()
-        assert torch.equal(torch.compile(quantizer, fullgraph=True, backend="aot_eager")(x), quantizer(x))
-        break
+    quietly(model, tb.preset(name), lambda m: m(x))
+    # The eager backend runs the captured graph with the kernels and in the order of the uncompiled model: equal bits.
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "MXFP4_DEFAULT_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"])
+@pytest.mark.parametrize("name", DISTINCT)
 def test_inductor_gives_the_bits_of_eager(name):
   torch._dynamo.reset()
   model, x = copy.deepcopy(MLP), torch.randn(16, 32)
@@ -85,12 +95,16 @@ def test_inductor_gives_the_bits_of_eager(name):
         assert torch.equal(torch.compile(quantizer, fullgraph=True)(value), quantizer(value))
 
 
-@pytest.mark.parametrize("name", ["INT8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG"])
-def test_a_whole_llama_compiles_in_one_graph_at_several_lengths(name):
+def test_a_llama_compiles_in_two_graphs_for_all_lengths():
+  """One graph for the first length and one for every other: no recompilation per length."""
   torch._dynamo.reset()
+  counters = torch._dynamo.utils.counters
   model = copy.deepcopy(LLAMA)
   with torch.no_grad():
-    quietly(model, tb.preset(name), lambda m: m(tokens()))
-    compiled = torch.compile(lambda ids: model(ids, use_cache=False).logits, fullgraph=True, backend="aot_eager")
-    for length in (16, 9, 12, 23, 31):
-      assert torch.equal(compiled(tokens(1, 2, length)), model(tokens(1, 2, length), use_cache=False).logits)
+    quietly(model, tb.INT8_DEFAULT_CFG, lambda m: m(tokens()))
+    counters.clear()
+    compiled = torch.compile(lambda ids: model(ids, use_cache=False).logits, fullgraph=True, backend="eager")
+    for length in (16, 9, 12, 23):
+      ids = tokens(1, 2, length)
+      assert torch.equal(compiled(ids), model(ids, use_cache=False).logits)
+  assert counters["stats"]["unique_graphs"] <= 2
