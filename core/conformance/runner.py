@@ -48,6 +48,8 @@ class Runtime:
     if not self.compiled:
       return function
     if self.backend == "torch":
+      # every specification is a closure of one code object, which dynamo counts as recompilations of one function
+      importlib.import_module("torch._dynamo").config.recompile_limit = 10_000
       return self.module.compile(function, fullgraph=True, dynamic=False)
     return self.module.jit(function)
 
