@@ -83,7 +83,7 @@ def trace(
     inner = context.module
     kind = None if inner.scope is None or is_lifted(context) else modules.kind_of(type(inner))
     y = next_fun(*args, **kwargs)
-    if kind is not None and context.method_name != "setup" and not _in_init(inner):
+    if kind is not None and context.method_name in (*kind.methods, *kind.weight_methods):
       _note(found, inner, kind, context.method_name, args, kwargs, y)
       inner.put_variable("params", RIDER, Rider({"stack": [jnp.zeros(s) for s in _MARKERS]}, token))
     return y
@@ -100,10 +100,6 @@ def trace(
     if path in found:
       found[path].stack, found[path].sizes = _stacked(tuple(s.shape for s in shapes))
   return list(found.values())
-
-
-def _in_init(module: nn.Module) -> bool:
-  return module.is_initializing()
 
 
 def _probe(params: Any, token: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class ModuleKind:
     output: layout rule of the result, or None where outputs have no quantizer.
     parent_classes: names for `parent_class` entries of a config, torch's first.
     methods: methods whose input and output are quantized; the weights are quantized in every method.
+    weight_methods: further methods that use the weights and make the module one that gets quantizers.
   """
 
   weights: tuple[tuple[str, LayoutRule], ...] = ()
@@ -35,6 +36,7 @@ class ModuleKind:
   output: LayoutRule | None = None
   parent_classes: Callable[[nn.Module], tuple[str, ...]] = lambda module: ()
   methods: tuple[str, ...] = ("__call__",)
+  weight_methods: tuple[str, ...] = ()
 
   def weight_names(self) -> dict[str, str]:
     """Parameter name -> quantizer name. A single weight's is "weight_quantizer"; several are told apart by their parameter."""
@@ -68,7 +70,8 @@ def _dense_general_output(module: Any, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _einsum_labels(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, str, str]:
-  equation = kwargs.get("einsum_str") or (args[1] if len(args) > 1 else None) or module.einsum_str
+  given = kwargs.get("einsum_str", args[1] if len(args) > 1 else None)
+  equation = module.einsum_str if given is None else given
   operands, result = equation.replace(" ", "").split("->")
   left, kernel = operands.split(",")
   return left, kernel, result
@@ -131,7 +134,13 @@ _BUILT_IN: dict[type[nn.Module], ModuleKind] = {
   nn.ConvLocal: _CONV,
   nn.ConvTranspose: ModuleKind((("kernel", _conv_transpose_kernel),), _conv_activation, _conv_activation, _ranked("ConvTranspose")),
   # The input of a table is indices, so its input quantizer exists for the name only; the query of `attend` passes as it is.
-  nn.Embed: ModuleKind((("embedding", _always(layouts.fixed((0,), (1,)))),), _always(SAME), _always(SAME), _names("nn.Embedding")),
+  nn.Embed: ModuleKind(
+    (("embedding", _always(layouts.fixed((0,), (1,)))),),
+    _always(SAME),
+    _always(SAME),
+    _names("nn.Embedding"),
+    weight_methods=("attend",),
+  ),
   nn.LayerNorm: _normalization(SAME, "nn.LayerNorm"),
   nn.RMSNorm: _normalization(SAME, "nn.RMSNorm"),
   nn.GroupNorm: _normalization(CHANNELS_LAST, "nn.GroupNorm"),
