@@ -162,8 +162,15 @@ def _waits(quantizer: TensorQuantizer) -> bool:
   return quantizer.is_enabled and (quantizer.config.needs_calibration or needs_bias)
 
 
+def _lacks_data(quantizer: TensorQuantizer) -> bool:
+  if not _waits(quantizer):
+    return False
+  needs_bias = quantizer.config.bias is not None and not quantizer.config.bias.dynamic
+  return (quantizer.config.needs_calibration and quantizer.amax is None) or (needs_bias and quantizer.bias_value is None)
+
+
 def _warn_uncalibrated(model: nn.Module, forward_loop: ForwardLoop | None) -> None:
-  names = [name for name, q in activations(model).items() if any(_waits(one) and one.amax is None for one in tensor_quantizers(q))]
+  names = [name for name, q in activations(model).items() if any(_lacks_data(one) for one in tensor_quantizers(q))]
   if names:
     reason = "no forward_loop ran" if forward_loop is None else "the calibration data never reached them, or no algorithm calibrated them"
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
