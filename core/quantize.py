@@ -10,7 +10,10 @@ from typing import NamedTuple
 from core import blocks, encoding, rounding, scaling
 from core.arrays import Array, namespace
 from core.blocks import Tiling
-from core.formats import E4M3, E8M0, UINT8, IntFormat
+from core.formats import TRACED_E4M3 as E4M3
+from core.formats import TRACED_E8M0 as E8M0
+from core.formats import TRACED_UINT8 as UINT8
+from core.formats import IntFormat
 from core.scaling import Scales
 from core.spec import QuantSpec
 

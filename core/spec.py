@@ -72,12 +72,12 @@ class QuantSpec:
   @property
   def two_level(self) -> bool:
     """Whether an E4M3 block scale stands under a float32 tensor scale (NVFP4)."""
-    return self.scale_format == formats.E4M3
+    return self.scale_format == formats.TRACED_E4M3
 
   @property
   def is_mx(self) -> bool:
     """Whether the scale is a bare power of two, so that no calibration is ever needed."""
-    return self.scale_format == formats.E8M0
+    return self.scale_format == formats.TRACED_E8M0
 
   @property
   def element_bound(self) -> float:
