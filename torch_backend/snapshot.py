@@ -17,22 +17,24 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
   Attributes are kept by reference: the body may replace tensors, as everything in this package does, not write into them.
   """
-  kept = [(module, type(module), _attributes(module)) for module in model.modules()]
+  kept = [(module, type(module), dict(module.__dict__), _contents(module)) for module in model.modules()]
   try:
     yield
   except BaseException:
-    for module, cls, attributes in kept:
+    for module, cls, attributes, contents in kept:
       module.__class__ = cls
       module.__dict__.clear()
       module.__dict__.update(attributes)
+      for name, content in contents.items():
+        container = module.__dict__[name]
+        container.clear()
+        container.update(content)
     raise
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-  attributes = dict(module.__dict__)
-  for name in _CONTAINERS:
-    attributes[name] = attributes[name].copy()
-  return attributes
+def _contents(module: nn.Module) -> dict[str, Any]:
+  """Copies of the containers that conversion fills; the containers themselves stay the same objects."""
+  return {name: module.__dict__[name].copy() for name in _CONTAINERS}
 
 
 @contextlib.contextmanager

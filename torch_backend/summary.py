@@ -96,7 +96,9 @@ def _print_table(rows: list[dict[str, Any]], last: str) -> None:
   from rich.table import Table
   from rich.text import Text
 
-  table = Table(*COLUMNS)
+  table = Table()
+  for column in COLUMNS:
+    table.add_column(column, overflow="fold")
   for row in rows:
     table.add_row(*(Text(cell) for cell in _cells(row)), style=None if row["enabled"] else "dim")
   console = Console()
