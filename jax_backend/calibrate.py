@@ -15,7 +15,9 @@ from core.config.frozen import thaw
 from jax_backend import discover, groups, statistics, tree, weights
 from jax_backend.apply import QuantModule
 from jax_backend.discover import Found
+from jax_backend.interceptors import INPUT, OUTPUT
 from jax_backend.quantizer import CALIBRATE, QUANTIZE, AnyQuantizer
+from jax_backend.tree import Path
 
 ForwardLoop = Callable[[Any], Any]
 Algorithm = Callable[..., dict[str, Any]]
@@ -38,6 +40,7 @@ class Runner:
     self._create = create
     self._mode = CALIBRATE if collect else QUANTIZE
     self._seen: set[Any] = set()
+    self._places: dict[tuple[Path, str], int] = {}
     self.calls = 0
     self.quant: dict[str, Any] = dict(qvariables.get("quant", {}))
 
@@ -73,8 +76,22 @@ class Runner:
       known = {(path, name): q for path, name, q in tree.items(self.quant)}
       fresh = {key: q.with_mode(self._mode) for key, q in _entries(created).items() if key not in known}
       self.quant = tree.build({**known, **fresh})
+    for module in found:
+      for name in (INPUT, OUTPUT):
+        self._places.setdefault((module.path, name), len(self._places))
     if self._mode == CALIBRATE:
       self.quant = statistics.seed_all(self.quant, found)
+
+  def finished(self) -> dict[str, Any]:
+    """The quantizers with the amax of their statistics.
+
+    Raises:
+      ValueError: the model was never called, or the data held NaN or infinity; names the quantizer that met it first.
+    """
+    if not self.calls and not self.quant:
+      raise ValueError("the forward loop never called the model, so nothing is known about its modules; call model(batch) in it")
+    ordered = sorted(_entries(self.quant).items(), key=lambda item: self._places.get(item[0], len(self._places)))
+    return tree.build({(path, name): statistics.finish(q, tree.full_name(path, name)) for (path, name), q in ordered})
 
 
 def _entries(quant: Mapping[str, Any]) -> dict[tuple[tuple[str, ...], str], AnyQuantizer]:
@@ -153,7 +170,7 @@ def run(
   if not steps and create is not None and forward_loop is not None:
     runner = Runner(qmodule, result, create, collect=False)
     forward_loop(runner)
-    result = {**result, "quant": _created(runner)}
+    result = {**result, "quant": runner.finished()}
   for step in steps:
     result = _ALGORITHMS[str(step.method)](qmodule, result, forward_loop, create=create, **thaw(step.options))
     create = None
@@ -174,18 +191,12 @@ def max_calibrate(
     start = {key: q.with_mode(CALIBRATE) for key, q in _entries(quant).items()}
     runner = Runner(qmodule, {**qvariables, "quant": tree.build(start)}, create)
     forward_loop(runner)
-    quant = tree.map_named(lambda name, q: statistics.finish(q, name), _created(runner))
+    quant = runner.finished()
   done = _entries(quant)
   for path, name, quantizer, weight in weights.each({**qvariables, "quant": quant}):
     if quantizer.is_enabled:
       done[path, name] = weights.calibrate(quantizer, weight, tree.full_name(path, name))
   return {**qvariables, "quant": groups.merge(tree.build(done))}
-
-
-def _created(runner: Runner) -> dict[str, Any]:
-  if not runner.calls and not runner.quant:
-    raise ValueError("the forward loop never called the model, so nothing is known about its modules; call model(batch) in it")
-  return runner.quant
 
 
 def _needs_data(quantizer: AnyQuantizer) -> bool:

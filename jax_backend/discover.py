@@ -83,7 +83,7 @@ def trace(
     inner = context.module
     kind = None if inner.scope is None or is_lifted(context) else modules.kind_of(type(inner))
     y = next_fun(*args, **kwargs)
-    if kind is not None and context.method_name in (*kind.methods, *kind.weight_methods):
+    if kind is not None and context.method_name in (*kind.methods, *kind.weight_methods) and _is_ours(inner, token):
       _note(found, inner, kind, context.method_name, args, kwargs, y)
       inner.put_variable("params", RIDER, Rider({"stack": [jnp.zeros(s) for s in _MARKERS]}, token))
     return y
@@ -100,6 +100,14 @@ def trace(
     if path in found:
       found[path].stack, found[path].sizes = _stacked(tuple(s.shape for s in shapes))
   return list(found.values())
+
+
+def _is_ours(module: nn.Module, token: int) -> bool:
+  """Whether the module belongs to the traced model, not to another one that runs inside it."""
+  rider = module.get_variable("params", RIDER)
+  if rider is not None:
+    return rider.probe == token
+  return module.is_mutable_collection("params")  # a module without parameters carries no probe
 
 
 def _probe(params: Any, token: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ rematerialise whatever is in `params`, while a collection that the model's autho
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -64,11 +64,6 @@ def build(entries: Mapping[tuple[Path, str], AnyQuantizer]) -> dict[str, Any]:
 def full_name(path: Path, name: str) -> str:
   """Dotted name of a quantizer in torch's spelling."""
   return canonical_name("/".join((*path, name)))
-
-
-def map_named(fn: Callable[[str, AnyQuantizer], AnyQuantizer], quant: Mapping[str, Any]) -> dict[str, Any]:
-  """The tree with `fn(name, quantizer)` in place of each quantizer."""
-  return build({(path, name): fn(full_name(path, name), q) for path, name, q in items(quant)})
 
 
 def lookup(tree: Any, path: Path) -> Any:
