@@ -74,7 +74,7 @@ def run(model: nn.Module, algorithm: tuple[AlgorithmConfig, ...], forward_loop: 
     raise TypeError(f"forward_loop must be a function of the model, got {type(forward_loop).__name__}")
   steps, messages = substitute_unimplemented(algorithm, entries, _ALGORITHMS)
   for message in messages:
-    warnings.warn(message, ConfigWarning, stacklevel=4)
+    warnings.warn(message, ConfigWarning, stacklevel=3)
   with evaluation(model), torch.no_grad():
     for step in steps:
       _ALGORITHMS[str(step.method)](model, forward_loop, **thaw(step.options))

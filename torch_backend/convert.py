@@ -58,25 +58,34 @@ def quantize(
 
 def convert(model: nn.Module) -> None:
   """Give every module that has a quantized class that class, with all quantizers off. Converted modules are left alone."""
-  attention = []
   for name, module in list(model.named_modules()):
-    if isinstance(module, nn.MultiheadAttention):
-      attention.append(name)
     target = quantized_class(type(module))
     if target is not None and _can_hold(module, name):
       module.__class__ = target
       module._setup()  # type: ignore[operator]
       _settle(module)
+  _open_fused_layers(model)
+  for name, quantizer in quantizers(model).items():
+    quantizer.name = name
+    for place, one in enumerate(tensor_quantizers(quantizer)):
+      one.name = name if one is quantizer else f"{name}.{place}"
+
+
+def _open_fused_layers(model: nn.Module) -> None:
+  """Keep torch's fused layers from reading weights past the quantizers, and name those that do so by design."""
+  attention = []
+  for name, module in model.named_modules():
+    if isinstance(module, nn.MultiheadAttention):
+      attention.append(name)
+    if isinstance(module, nn.TransformerEncoderLayer):
+      # Its path for evaluation uses the weights of its layers without calling them; this attribute is what it asks first.
+      module.activation_relu_or_gelu = 0
   if attention:
     warnings.warn(
       f"nn.MultiheadAttention computes its projections without calling a layer, so they stay unquantized: {', '.join(attention)}",
       ConfigWarning,
       stacklevel=4,
     )
-  for name, quantizer in quantizers(model).items():
-    quantizer.name = name
-    for place, one in enumerate(tensor_quantizers(quantizer)):
-      one.name = name if one is quantizer else f"{name}.{place}"
 
 
 def _can_hold(module: nn.Module, name: str) -> bool:
@@ -84,7 +93,7 @@ def _can_hold(module: nn.Module, name: str) -> bool:
   if weight is None or (weight.is_floating_point() and not isinstance(weight, nn.UninitializedParameter)):
     return True
   what = "not initialized yet" if isinstance(weight, nn.UninitializedParameter) else f"of dtype {weight.dtype}"
-  warnings.warn(f"{name} ({type(module).__name__}) stays unquantized: its weight is {what}", ConfigWarning, stacklevel=5)
+  warnings.warn(f"{name} ({type(module).__name__}) stays unquantized: its weight is {what}", ConfigWarning, stacklevel=4)
   return False
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from core.config import QuantizerConfig
-from torch_backend.quantizer import Attributes, TensorQuantizer
+from torch_backend.quantizer import TensorQuantizer
+from torch_backend.quantizer_state import Attributes
 
 
 class SequentialQuantizer(nn.Sequential):
@@ -24,45 +25,50 @@ class SequentialQuantizer(nn.Sequential):
     self.name = ""
 
   def forward(self, x: Tensor) -> Tensor:
-    if not any(q.is_calibrating for q in self):
+    if not any(q.is_calibrating for q in self.quantizers):
       return super().forward(x)
     seen = x
-    for quantizer in self:
+    for quantizer in self.quantizers:
       quantizer(seen)
       seen = quantizer.preview(seen)
     return x
 
   @property
+  def quantizers(self) -> tuple[TensorQuantizer, ...]:
+    """The quantizers, in order."""
+    return tuple(self._modules.values())  # type: ignore[arg-type]
+
+  @property
   def config(self) -> tuple[QuantizerConfig, ...]:
-    return tuple(q.config for q in self)
+    return tuple(q.config for q in self.quantizers)
 
   @property
   def is_enabled(self) -> bool:
-    return any(q.is_enabled for q in self)
+    return any(q.is_enabled for q in self.quantizers)
 
   @property
   def amax(self) -> Tensor | None:
     """amax of the last one."""
-    return self[-1].amax
+    return self.quantizers[-1].amax
 
   @property
   def tensor_amax(self) -> Tensor | None:
-    return self[-1].tensor_amax
+    return self.quantizers[-1].tensor_amax
 
   def enable(self) -> None:
-    for quantizer in self:
+    for quantizer in self.quantizers:
       quantizer.enable()
 
   def disable(self) -> None:
-    for quantizer in self:
+    for quantizer in self.quantizers:
       quantizer.disable()
 
   def set_folded(self) -> None:
-    for quantizer in self:
+    for quantizer in self.quantizers:
       quantizer.set_folded()
 
   def reset_amax(self) -> None:
-    for quantizer in self:
+    for quantizer in self.quantizers:
       quantizer.reset_amax()
 
   def set_from_attribute_config(self, attributes: Sequence[Attributes]) -> None:
@@ -73,7 +79,7 @@ class SequentialQuantizer(nn.Sequential):
     """
     if isinstance(attributes, Mapping) or len(attributes) != len(self):
       raise ValueError(f"{len(self)} quantizers in sequence need a list of {len(self)} attribute sets, got {attributes!r}")
-    for quantizer, one in zip(self, attributes, strict=True):
+    for quantizer, one in zip(self.quantizers, attributes, strict=True):
       quantizer.set_from_attribute_config(one)
 
 
@@ -82,4 +88,4 @@ Quantizer = TensorQuantizer | SequentialQuantizer
 
 def tensor_quantizers(quantizer: Quantizer) -> tuple[TensorQuantizer, ...]:
   """The TensorQuantizers of one position: itself, or those of a sequence."""
-  return (quantizer,) if isinstance(quantizer, TensorQuantizer) else tuple(quantizer)  # type: ignore[arg-type]
+  return (quantizer,) if isinstance(quantizer, TensorQuantizer) else quantizer.quantizers

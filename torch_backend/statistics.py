@@ -38,14 +38,15 @@ class Running:
     x = x.detach()
     check_finite(x, name)
     if config.bias is not None:
-      x = x.to(torch.float32) - self._next_bias(x.to(torch.float32), config.bias)
+      x = x.to(torch.float32)
+      x = x - self._next_bias(x, config.bias)
     amax = core.amax(x, config.spec)
     if share_leading:
       amax = reduce_leading(amax, config.spec)
     if self.amax is not None and self.amax.shape != amax.shape:
       raise ValueError(
-        f"quantizer {name!r} ({config.describe()}) has amax of shape {list(self.amax.shape)} and now sees a tensor of shape {list(x.shape)}, "
-        f"which gives {list(amax.shape)}; calibrate with tensors of one layout, or use a dynamic quantizer"
+        f"quantizer {name!r} ({config.describe()}) has amax of shape {list(self.amax.shape)}; a tensor of shape {list(x.shape)} "
+        f"gives {list(amax.shape)}; calibrate with tensors of one layout, or use a dynamic quantizer"
       )
     self.amax = amax if self.amax is None else merge(self.amax, amax, config.spec)
 
@@ -53,15 +54,17 @@ class Running:
     if spec.dynamic:
       return bias_of(x, spec)
     if spec.method == "mean":
-      mean = bias_of(x, spec)
-      self.bias = mean if self.bias is None else (self.bias * self._batches + mean) / (self._batches + 1)
+      bias = bias_of(x, spec)
+      if self.bias is not None:
+        bias = (self.bias * self._batches + bias) / (self._batches + 1)
       self._batches += 1
     else:
       low, high = x.amin(dim=spec.axes, keepdim=True), x.amax(dim=spec.axes, keepdim=True)
       self._low = low if self._low is None else torch.minimum(self._low, low)
       self._high = high if self._high is None else torch.maximum(self._high, high)
-      self.bias = (self._low + self._high) / 2
-    return self.bias
+      bias = (self._low + self._high) / 2
+    self.bias = bias
+    return bias
 
 
 def merge(a: Tensor, b: Tensor, spec: QuantSpec) -> Tensor:

@@ -56,14 +56,14 @@ def summary(model: nn.Module) -> list[dict[str, Any]]:
 
 def _row(quantizer: TensorQuantizer, module: nn.Module) -> dict[str, Any]:
   amax = quantizer.amax
-  known = amax is not None and not amax.is_meta
+  known = None if amax is None or amax.is_meta else amax
   return {
     "name": quantizer.name,
     "format": quantizer.config.describe() if quantizer.is_enabled else "",
     "enabled": quantizer.is_enabled,
     "state": _state(quantizer),
-    "amax_min": float(amax.min()) if known else None,
-    "amax_max": float(amax.max()) if known else None,
+    "amax_min": None if known is None else float(known.min()),
+    "amax_max": None if known is None else float(known.max()),
     "amax_shape": tuple(amax.shape) if amax is not None else None,
     "group": quantizer.group if quantizer.own_tensor_amax is not None else None,
     "cost_db": groups.cost_db(module, quantizer) if isinstance(module, QuantWeight) else None,

@@ -99,8 +99,8 @@ def test_embedding():
   torch.manual_seed(0)
   table, ids = nn.Embedding(20, 16, padding_idx=0), torch.arange(12).reshape(3, 4)
   rule = {"num_bits": 8, "axis": 0}
-  tb.quantize(table, {"quant_cfg": {"*weight_quantizer": rule, "*input_quantizer": rule, "*output_quantizer": {"num_bits": 4}}, "algorithm": "max"},
-              lambda m: m(ids))  # fmt: skip
+  rules = {"*weight_quantizer": rule, "*input_quantizer": rule, "*output_quantizer": {"num_bits": 4}}
+  tb.quantize(table, {"quant_cfg": rules, "algorithm": "max"}, lambda m: m(ids))
   looked_up = F.embedding(ids, channel_by_channel(table.weight, 0, 8))
   assert torch.equal(table(ids), core.fake_quantize(looked_up, core.QuantSpec(core.formats.INT4), looked_up_amax(table, ids)))
   assert not table.input_quantizer.is_enabled

@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from tests.torch_backend.models import WHOLE_PRESETS, images, mlp, quietly, tiny_cnn, tiny_llama, tokens
 
 import torch_backend as tb
-from torch_backend.sequential import tensor_quantizers
+from tests.torch_backend.models import WHOLE_PRESETS, images, mlp, quietly, tiny_cnn, tiny_llama, tokens
 
 LLAMA, CNN, MLP = tiny_llama(), tiny_cnn(), mlp()
 

@@ -198,7 +198,7 @@ def test_calibrating_again():
   assert torch.equal(model[0].input_quantizer.amax, 2 * before)
   assert torch.equal(model[0].weight_quantizer.amax, model[0].weight.detach().abs().amax(1, keepdim=True))
   tb.calibrate(model, None)
-  with pytest.raises(ValueError, match="not quantized|no quantized modules"):
+  with pytest.raises(ValueError, match=r"not quantized|no quantized modules"):
     tb.calibrate(mlp())
   with pytest.raises(ValueError, match="algorithm"):
     tb.calibrate(model, "maximum")
@@ -268,9 +268,9 @@ def test_an_error_in_calibrate_leaves_the_statistics():
 
 
 def test_wrong_arguments():
-  with pytest.raises(TypeError, match="nn.Module, got list"):
+  with pytest.raises(TypeError, match=r"nn\.Module, got list"):
     tb.quantize([1], tb.INT8_DEFAULT_CFG)
-  with pytest.raises((TypeError, ValueError), match="quant_cfg|config"):
+  with pytest.raises((TypeError, ValueError), match=r"quant_cfg|config"):
     tb.quantize(mlp(), {})
 
 

@@ -119,7 +119,7 @@ def test_amax_can_be_set_and_written_into():
   for bad in (-1.0, float("nan"), float("inf")):
     with pytest.raises(ValueError, match="finite and not negative"):
       quantizer.amax = bad
-  with pytest.raises(ValueError, match="MXFP4.*no amax"):
+  with pytest.raises(ValueError, match=r"MXFP4.*no amax"):
     TensorQuantizer(ATTRIBUTES["mxfp4"]).amax = 1.0
 
 
@@ -184,7 +184,7 @@ def test_set_from_attribute_config():
   assert quantizer.amax is None and not quantizer.is_enabled and quantizer.maxbound == 448.0
   with pytest.raises(ValueError, match="num_bit"):
     quantizer.set_from_attribute_config({"num_bit": 8})
-  with pytest.raises(ValueError, match="backend|registered"):
+  with pytest.raises(ValueError, match=r"backend|registered"):
     TensorQuantizer({"backend": "mine"})
   with pytest.raises(ValueError, match="fake_quant"):
     TensorQuantizer({"fake_quant": False})
