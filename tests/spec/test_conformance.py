@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from core.conformance import load, names, run
+from core.conformance import names, run
 from tests.golden import make_vectors
 
 
@@ -19,7 +19,11 @@ def _first_of_each_spec(name: str):
   def select(case: dict) -> bool:
     spec = {k: v for k, v in case["spec"].items() if k != "pad"}
     element = spec["element"]
-    if spec in seen or (name == "int" and element["bits"] not in (2, 4, 8)) or (name == "granularity" and case["name"][:4] not in ("INT8", "E4M3")):
+    if (
+      spec in seen
+      or (name == "int" and element["bits"] not in (2, 4, 8))
+      or (name == "granularity" and case["name"][:4] not in ("INT8", "E4M3"))
+    ):
       return False
     seen.append(spec)
     return True

@@ -38,7 +38,6 @@ def _check(runtime, label: str, compared) -> None:
   assert not result.failures, "\n".join(result.failures)
 
 
-
 @pytest.mark.parametrize("label", SPECS)
 def test_parity(runtime, label, compared):
   if (runtime.name == "torch.compile" and label not in COMPILED) or (runtime.name == "jax" and label not in EAGER_JAX):
@@ -77,7 +76,11 @@ def test_input_types(runtime, label, dtype, compared):
   """fake_quantize(x) == dequantize(quantize(x)) in x's own type, and equal to numpy's on the widened input."""
   if dtype == "float64" and runtime.backend == "jax":
     return  # jax narrows float64 to float32 on arrival unless x64 is switched on
-  if runtime.name == "torch.compile" and (label, dtype) not in (("int8 axis 0", "bfloat16"), ("nvfp4", "bfloat16"), ("e4m3 token", "float16")):
+  if runtime.name == "torch.compile" and (label, dtype) not in (
+    ("int8 axis 0", "bfloat16"),
+    ("nvfp4", "bfloat16"),
+    ("e4m3 token", "float16"),
+  ):
     return  # 10 s each; the way in and out is the same code for every specification
   if runtime.name == "jax" and label not in ("int8 axis 0", "nvfp4"):
     return

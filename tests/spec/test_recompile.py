@@ -27,7 +27,12 @@ class Quantizer(torch.nn.Module):
 def test_one_class_many_specifications(order, compared):
   torch.compiler.reset()
   torch._dynamo.config.recompile_limit = 10_000
-  specs = {**SPECS, "e4m3": core.QuantSpec.named("fp8_e4m3"), "e2m1": core.QuantSpec(core.formats.E2M1), "uint8": core.QuantSpec(core.formats.UINT8)}
+  specs = {
+    **SPECS,
+    "e4m3": core.QuantSpec.named("fp8_e4m3"),
+    "e2m1": core.QuantSpec(core.formats.E2M1),
+    "uint8": core.QuantSpec(core.formats.UINT8),
+  }
   x = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
   x = x.repeat(1, 3)[:, :384]
   for label in list(specs)[::order]:
