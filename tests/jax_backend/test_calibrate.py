@@ -243,7 +243,7 @@ def test_registered_module(mlp):
     qmodule, qvariables = jb.quantize(module, variables, jb.INT8_DEFAULT_CFG, lambda model: model(x))
     found = jb.quantizers(qvariables)
     same_bits(found["right_weight_quantizer"].amax, np.abs(np.asarray(variables["params"]["right"])).max(1, keepdims=True))
-    y, sown = qmodule.apply(qvariables, x, mutable=["intermediates"])
+    _, sown = qmodule.apply(qvariables, x, mutable=["intermediates"])
     spec = found["left_weight_quantizer"].config.spec
     left = core.fake_quantize(np.ascontiguousarray(np.asarray(variables["params"]["left"]).T), spec)
     same_bits(np.ascontiguousarray(np.asarray(sown["intermediates"]["left"][0]).T), left)
