@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jax_backend import modules, statistics, tree
+from jax_backend import capture, modules, statistics, tree
 from jax_backend.lifted import is_lifted
 from jax_backend.quantizer import CALIBRATE, AnyQuantizer
 from jax_backend.tree import RIDER, Rider
@@ -109,7 +109,9 @@ def _pass(module: nn.Module, name: str, quantizer: AnyQuantizer, x: Any) -> Any:
       raise ValueError(f"quantizer {tree.full_name(tuple(module.path), name)!r}: {error}") from error
     rider: Rider = module.get_variable("params", RIDER)
     module.put_variable("params", RIDER, Rider({**rider.quantizers, name: tree.disembark(updated)}))
-  return _with_key(module, quantizer)(x)
+  y = _with_key(module, quantizer)(x)
+  capture.observe(lambda: tree.full_name(tuple(module.path), name), quantizer, x, y)
+  return y
 
 
 def _with_key(module: nn.Module, quantizer: AnyQuantizer) -> Callable[[Any], Any]:
