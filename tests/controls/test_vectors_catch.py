@@ -40,9 +40,11 @@ def ties_away(patch):
 
 def float_ties_away(patch):
   original = rounding.to_level
-  patch.setattr(
-    rounding, "to_level", lambda v, fmt, uniform=None: original(np.nextafter(v, np.copysign(np.float32(1e38), v)), fmt, uniform)
-  )
+
+  def broken(v, *rest, **options):
+    return original(np.nextafter(v, np.copysign(np.float32(1e38), v)), *rest, **options)
+
+  patch.setattr(rounding, "to_level", broken)
 
 
 def truncation(patch):
@@ -138,15 +140,29 @@ def neighbour_random_bits(patch):
   patch.setattr(core.bits, "threefry2x32", lambda key, count: original(key, count + 1))
 
 
-def zero_point_truncated(patch):
+def zero_point_off_by_one(patch):
   original = scaling._asymmetric
   patch.setattr(scaling, "_asymmetric", lambda xp, r, spec: (lambda s: s._replace(zero_point=s.zero_point + 1))(original(xp, r, spec)))
 
 
 BROKEN = [
-  ties_away, float_ties_away, truncation, reciprocal_scale, floor_for_rceil, ceil_for_rceil, dropped_tensor_scale, unclamped_block_scale, always_six,
-  flipped_nibbles, wrong_axis, zero_scale_of_zero_blocks, bound_128, sign_of_zero_lost, neighbour_random_bits, zero_point_truncated,
-]  # fmt: skip
+  ties_away,
+  float_ties_away,
+  truncation,
+  reciprocal_scale,
+  floor_for_rceil,
+  ceil_for_rceil,
+  dropped_tensor_scale,
+  unclamped_block_scale,
+  always_six,
+  flipped_nibbles,
+  wrong_axis,
+  zero_scale_of_zero_blocks,
+  bound_128,
+  sign_of_zero_lost,
+  neighbour_random_bits,
+  zero_point_off_by_one,
+]
 
 
 @pytest.mark.parametrize("breakage", BROKEN, ids=lambda f: f.__name__)

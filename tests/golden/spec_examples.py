@@ -82,9 +82,10 @@ def nvfp4() -> str:
   for four in (False, True):
     spec = Spec(E2M1, blocks=((-1, 16),), scale_format="E4M3", dynamic=True, four_over_six=four)
     r = exact_tensor.quantize(bits, (1, 16), spec)
-    out.append(
-      f"- {'four over six' if four else 'plain'}: tensor scale `{bits_of(r.tensor_scale[0]):08x}`, block scale `{r.scale[0]:02x}`, codes `{bytes(r.codes).hex()}`, packed `{exact.pack_row(r.codes, 4).hex()}`"
-    )  # type: ignore[index]
+    assert r.tensor_scale is not None
+    name, packed = "four over six" if four else "plain", exact.pack_row(r.codes, 4).hex()
+    scales = f"tensor scale `{bits_of(r.tensor_scale[0]):08x}`, block scale `{r.scale[0]:02x}`"
+    out.append(f"- {name}: {scales}, codes `{bytes(r.codes).hex()}`, packed `{packed}`")
   return "Block `" + " ".join(block) + "`:\n\n" + "\n".join(out)
 
 

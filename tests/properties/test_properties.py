@@ -84,7 +84,7 @@ def test_error_is_at_most_half_a_step(x, width):
 @COMMON
 @given(x=tensors)
 def test_rceil_never_clips(x):
-  """Under rceil the scaled amax is within the grid: the error is at most half the top quantum, everywhere (E2M1: one step of 2, times 2^e)."""
+  """Under rceil the scaled amax lies within the grid."""
   spec = core.QuantSpec.named("mxfp4", pad=True)
   scales = core.scales(core.block_amax(x, spec), spec)
   assert (core.block_amax(x, spec) <= 6 * scales.step).all()
