@@ -6,6 +6,7 @@ The namespaces are stateless objects, constant to `torch.compile` and `jax.jit`.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -51,6 +52,35 @@ class NumpyNamespace:
   def clip(self, x: Array, low: float, high: float) -> Array:
     return np.clip(x, np.float32(low), np.float32(high)) if np.asarray(x).dtype == np.float32 else np.clip(x, low, high)
 
+  # The names that end in an underscore may overwrite their first argument, which the caller must own.
+
+  def clip_(self, x: Array, low: float, high: float) -> Array:
+    return np.clip(x, np.float32(low), np.float32(high), out=_buffer(x))
+
+  def round_(self, x: Array) -> Array:
+    return np.rint(x, out=_buffer(x))
+
+  def multiply_(self, x: Array, y: Array) -> Array:
+    return np.multiply(x, y, out=_buffer(x))
+
+  def divide_by_power_of_two_(self, x: Array, divisor_bits: Array) -> Array:
+    """x over the float32 with these bits, a normal power of two: exact."""
+    return np.divide(x, self.from_bits(divisor_bits), out=_buffer(x))
+
+  def positive_zero_(self, x: Array) -> Array:
+    """-0 becomes +0."""
+    return np.add(x, np.float32(0), out=_buffer(x))
+
+  def quantum_bits(self, x: Array, mask: int, least: int, shift: int) -> Array:
+    """max(bits(x) & mask, least) - shift."""
+    b = self.bits(x) & mask
+    b = np.maximum(b, least, out=_buffer(b))
+    return np.subtract(b, shift, out=_buffer(b))
+
+  def finite_amax(self, x: Array, axes: tuple[int, ...]) -> Array | None:
+    """A shortcut to the largest magnitude where all are finite; None where there is no such shortcut."""
+    return None
+
   def max(self, x: Array, axes: tuple[int, ...]) -> Array:
     return np.max(x, axis=axes, keepdims=True)
 
@@ -83,6 +113,17 @@ class NumpyNamespace:
 
   def materialize(self, a: Array, b: Array) -> tuple[Array, Array]:
     return a, b
+
+  def quiet(self) -> Any:
+    """A context without floating point warnings."""
+    return np.errstate(over="ignore", under="ignore", invalid="ignore")
+
+  def exact_division(self, x: Array) -> bool:
+    """Whether the framework's own division of two arrays is correctly rounded."""
+    return True
+
+  def slow_bit_views(self, x: Array) -> bool:
+    return False
 
   def is_float(self, x: Array) -> bool:
     # ml_dtypes' bfloat16 registers itself with kind "V" or "f" depending on its version; its name is stable.
@@ -122,6 +163,33 @@ class TorchNamespace:
 
   def clip(self, x: Array, low: float, high: float) -> Array:
     return self.torch.clamp(x, low, high)
+
+  def clip_(self, x: Array, low: float, high: float) -> Array:
+    return x.clamp_(low, high)
+
+  def round_(self, x: Array) -> Array:
+    return x.round_()
+
+  def multiply_(self, x: Array, y: Array) -> Array:
+    return x.mul_(y)
+
+  def divide_by_power_of_two_(self, x: Array, divisor_bits: Array) -> Array:
+    if x.device.type == "cpu":
+      return x.div_(divisor_bits.view(self.torch.float32))
+    return x.mul_(((254 << 23) - divisor_bits).view(self.torch.float32))  # a GPU's compiled division may be approximate
+
+  def positive_zero_(self, x: Array) -> Array:
+    return x.add_(0.0)
+
+  def quantum_bits(self, x: Array, mask: int, least: int, shift: int) -> Array:
+    return (x.view(self.torch.int32) & mask).clamp_(min=least).sub_(shift)
+
+  def finite_amax(self, x: Array, axes: tuple[int, ...]) -> Array | None:
+    """Two passes instead of five. A device is not asked whether its values are finite: that would wait for it."""
+    if not axes or x.device.type != "cpu" or self.torch.compiler.is_compiling():
+      return None
+    largest = self.torch.amax(self.torch.abs(x), dim=axes, keepdim=True)
+    return largest if bool(self.torch.isfinite(largest).all()) else None
 
   def minimum(self, a: Array, b: Any) -> Array:
     return self.torch.clamp(a, max=b) if isinstance(b, (int, float)) else self.torch.minimum(a, b)
@@ -164,6 +232,16 @@ class TorchNamespace:
     """Inductor inlines pointwise chains; values used twice in every round would grow the expression exponentially."""
     return self.torch.stack([a, b]).unbind(0) if self.torch.compiler.is_compiling() else (a, b)
 
+  def quiet(self) -> Any:
+    return contextlib.nullcontext()
+
+  def exact_division(self, x: Array) -> bool:
+    return x.device.type == "cpu"
+
+  def slow_bit_views(self, x: Array) -> bool:
+    """Whether viewing float bits as int32 costs more than arithmetic: inductor's C++ copies them element by element."""
+    return x.device.type == "cpu" and self.torch.compiler.is_compiling()
+
   def is_float(self, x: Array) -> bool:
     return x.dtype.is_floating_point
 
@@ -203,7 +281,32 @@ class JaxNamespace:
   def clip(self, x: Array, low: float, high: float) -> Array:
     return self.jnp.clip(x, low, high)
 
+  def clip_(self, x: Array, low: float, high: float) -> Array:
+    return self.jnp.clip(x, low, high)
+
+  def round_(self, x: Array) -> Array:
+    return self.jnp.round(x)
+
+  def multiply_(self, x: Array, y: Array) -> Array:
+    return x * y
+
+  def divide_by_power_of_two_(self, x: Array, divisor_bits: Array) -> Array:
+    return x * self.from_bits((254 << 23) - divisor_bits)
+
+  def positive_zero_(self, x: Array) -> Array:
+    return self.jnp.where(x == 0.0, 0.0, x)  # XLA folds an addition of zero away
+
+  def quantum_bits(self, x: Array, mask: int, least: int, shift: int) -> Array:
+    return self.jnp.maximum(self.bits(x) & mask, least) - shift
+
+  def finite_amax(self, x: Array, axes: tuple[int, ...]) -> Array | None:
+    return None
+
   def max(self, x: Array, axes: tuple[int, ...]) -> Array:
+    """In stages of at most 32 along the last axis: XLA's CPU backend rewrites longer reductions into windows that do not fuse."""
+    last = x.ndim - 1
+    while last in axes and x.shape[last] > 32 and (chunk := _largest_divisor(x.shape[last], 32)) > 1:
+      x = self.jnp.max(x.reshape((*x.shape[:last], x.shape[last] // chunk, chunk)), axis=last + 1)
     return self.jnp.max(x, axis=axes, keepdims=True)
 
   def min(self, x: Array, axes: tuple[int, ...]) -> Array:
@@ -231,14 +334,38 @@ class JaxNamespace:
     return self.jnp.concatenate(arrays, axis=axis)
 
   def barrier(self, *arrays: Array) -> tuple[Array, ...]:
-    """Keep XLA from rewriting arithmetic through the scales, and from recomputing them per element."""
-    return tuple(self.jax.lax.optimization_barrier(arrays))
+    """Keep XLA from rewriting arithmetic through the scales, and from recomputing them per element.
+
+    The barrier is gone by the time XLA fuses, and a fused consumer would then recompute every scale for every element; a division is
+    never duplicated, so dividing by a one that the barrier hides ends the fusion here.
+    """
+    ones = self.jax.lax.optimization_barrier(tuple(self.jnp.ones_like(a) for a in arrays))
+    return tuple(a / one for a, one in zip(self.jax.lax.optimization_barrier(arrays), ones, strict=True))
 
   def materialize(self, a: Array, b: Array) -> tuple[Array, Array]:
     return a, b
 
+  def quiet(self) -> Any:
+    """A context without floating point warnings."""
+    return contextlib.nullcontext()
+
+  def exact_division(self, x: Array) -> bool:
+    return False
+
+  def slow_bit_views(self, x: Array) -> bool:
+    return False
+
   def is_float(self, x: Array) -> bool:
     return bool(self.jnp.issubdtype(x.dtype, self.jnp.floating))
+
+
+def _buffer(x: Array) -> Array | None:
+  """x itself where numpy can write into it; 0-d results of numpy are scalars."""
+  return x if isinstance(x, np.ndarray) and x.ndim else None
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+  return next(d for d in range(limit, 0, -1) if n % d == 0)
 
 
 Namespace = Any  # one of the three classes above; alike by their method names, which is all that their callers rely on

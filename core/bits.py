@@ -33,7 +33,7 @@ def of_constant(value: float) -> int:
 def divide(a: Array, b: Array) -> Array:
   """a / b, correctly rounded, the same in every framework and on every device.
 
-  A float guess of the quotient's significand, good to two units, is corrected by its exact integer remainder. The remainder is computed
+  numpy and torch on a CPU divide correctly. XLA multiplies by reciprocals and GPU compilers approximate; there a float guess of the quotient's significand, good to two units, is corrected by its exact integer remainder. The remainder is computed
   in wrapping int32; it is below 2^27 in magnitude, so the wrapped value is the true one. A tie cannot occur: the quotient of two
   24-bit integers never lies midway between two 24-bit ones.
 
@@ -45,10 +45,7 @@ def divide(a: Array, b: Array) -> Array:
     [...] float32.
   """
   xp = namespace(a)
-  if xp.name == "numpy":  # 0-d numpy results are scalars, whose integer overflow warns; the wrap is wanted
-    shape = (a + b).shape
-    return _divide(xp, xp.float32(a).reshape(-1) if shape == () else a, xp.float32(b).reshape(-1) if shape == () else b).reshape(shape)
-  return _divide(xp, a, b)
+  return a / b if xp.exact_division(a) else _divide(xp, a, b)
 
 
 def _divide(xp, a: Array, b: Array) -> Array:

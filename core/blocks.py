@@ -59,7 +59,12 @@ def _blocked(shape: tuple[int, ...], spec: QuantSpec) -> Tiling:
       for lengths in (padded, tiles, scales, expanded):
         lengths.append(n)
       continue
-    size = sizes[i] or max(n, 1)
+    size = sizes[i]
+    if size is None:  # the whole axis is one block: nothing to split
+      reduce.append(len(tiles))
+      for lengths, length in ((padded, n), (tiles, n), (scales, 1), (expanded, 1)):
+        lengths.append(length)
+      continue
     count = -(-n // size)
     if count * size != n and not spec.pad:
       raise ValueError(

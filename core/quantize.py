@@ -101,7 +101,7 @@ def fake_quantize(
   if scales is None:
     scales = _scales(tiles, tiling, spec, amax, tensor_amax)
   levels = _levels(tiles, tiling, spec, scales, _uniform(x, tiling, spec, key))
-  y = blocks.from_blocks(levels * blocks.expand(scales.step, tiling), tiling)
+  y = blocks.from_blocks(xp.multiply_(levels, blocks.expand(scales.step, tiling)), tiling)
   return _cast_saturating(xp, y, x)
 
 
@@ -202,15 +202,15 @@ def unpack(packed: Array, spec: QuantSpec, length: int) -> Array:
 
 def _levels(tiles: Array, tiling: Tiling, spec: QuantSpec, scales: Scales, uniform: Array | None) -> Array:
   xp = namespace(tiles)
-  scaled = tiles * blocks.expand(scales.inv_step, tiling)
-  if scales.zero_point is None:
-    return rounding.to_level(scaled, spec.element, uniform)
-  assert isinstance(spec.element, IntFormat)
-  zero_point = blocks.expand(xp.float32(scales.zero_point), tiling)
-  low, high = spec.element.min_code - zero_point, spec.element.max_code - zero_point
-  rounded = rounding.to_integer(scaled, uniform)
-  rounded = xp.minimum(xp.maximum(rounded, low), high)
-  return xp.where(rounded == 0.0, 0.0, rounded)
+  with xp.quiet():  # infinity and the far side of a given amax overflow here, and saturate in the next step
+    scaled = tiles * blocks.expand(scales.inv_step, tiling)
+    if scales.zero_point is None:
+      return rounding.to_level(scaled, spec.element, uniform, overwrite=True)
+    assert isinstance(spec.element, IntFormat)
+    zero_point = blocks.expand(xp.float32(scales.zero_point), tiling)
+    low, high = spec.element.min_code - zero_point, spec.element.max_code - zero_point
+    rounded = rounding.to_integer(scaled, uniform)
+    return xp.positive_zero_(xp.minimum(xp.maximum(rounded, low), high))
 
 
 def _scales(tiles: Array, tiling: Tiling, spec: QuantSpec, amax: Array | None, tensor_amax: Array | None) -> Scales:

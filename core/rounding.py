@@ -10,32 +10,56 @@ from core.arrays import Array, Namespace, namespace
 from core.formats import CodebookFormat, FloatFormat, Format, IntFormat
 
 
-def to_level(v: Array, fmt: Format, uniform: Array | None = None) -> Array:
+def to_level(v: Array, fmt: Format, uniform: Array | None = None, overwrite: bool = False) -> Array:
   """The level of `fmt` that each value rounds to; values beyond the format saturate, NaN stays NaN.
 
   Args:
     v: [...] float32, the scaled values.
     fmt: element format.
     uniform: None for nearest-even; for stochastic rounding [...] float32 in [0, 1), multiples of 2^-24.
+    overwrite: the caller owns v and does not need it afterwards; it may be used as the buffer of the result.
 
   Returns:
     [...] float32 levels. Integer levels have no negative zero; float levels keep the sign of zero.
   """
   xp = namespace(v)
+  if isinstance(fmt, CodebookFormat):
+    if uniform is not None:
+      raise ValueError(f"stochastic rounding needs an integer or float element format; {fmt.name} is a codebook")
+    nearest = xp.take(xp.constant(fmt.levels, v), codebook_index(v, fmt))
+    return xp.where(is_nan(v), v, nearest)
+  clip = xp.clip_ if overwrite else xp.clip
   if isinstance(fmt, IntFormat):
-    rounded = to_integer(xp.clip(v, float(fmt.min_code), float(fmt.max_code)), uniform)
-    return xp.where(rounded == 0.0, 0.0, rounded)
-  if isinstance(fmt, FloatFormat):
-    v = xp.clip(v, -fmt.bound if fmt.signed else 0.0, fmt.bound)
-    quantum_bits = xp.maximum(xp.bits(v) & bits.EXPONENT, bits.power_of_two_bits(fmt.min_exponent)) - (fmt.mantissa_bits << 23)
-    quantum, inverse = xp.from_bits(quantum_bits), xp.from_bits((254 << 23) - quantum_bits)
-    # v * inverse is exact (a power of two), so the only rounding is the one that is asked for
-    scaled = v * inverse
-    return (xp.round(scaled) if uniform is None else _stochastic(xp, scaled, uniform)) * quantum
-  if uniform is not None:
-    raise ValueError(f"stochastic rounding needs an integer or float element format; {fmt.name} is a codebook")
-  nearest = xp.take(xp.constant(fmt.levels, v), codebook_index(v, fmt))
-  return xp.where(is_nan(v), v, nearest)
+    v = clip(v, float(fmt.min_code), float(fmt.max_code))
+    return xp.positive_zero_(xp.round_(v) if uniform is None else _stochastic(xp, v, uniform))
+  v = clip(v, -fmt.bound if fmt.signed else 0.0, fmt.bound)
+  scaled, quantum = (_by_integer_quantum if xp.slow_bit_views(v) else _by_bit_quantum)(xp, v, fmt)
+  return xp.multiply_(xp.round_(scaled) if uniform is None else _stochastic(xp, scaled, uniform), quantum)
+
+
+def _by_bit_quantum(xp: Namespace, v: Array, fmt: FloatFormat) -> tuple[Array, Array]:
+  """(v / quantum, quantum), quantum being the distance of neighbouring levels at v: a power of two taken from v's exponent field.
+
+  The quotient is exact, so the only rounding is the one that is asked for afterwards.
+  """
+  least, shift = bits.power_of_two_bits(fmt.min_exponent), fmt.mantissa_bits << 23
+  quantum_bits = xp.quantum_bits(v, bits.EXPONENT, least, shift)
+  return xp.divide_by_power_of_two_(v, quantum_bits), xp.from_bits(quantum_bits)
+
+
+def _by_integer_quantum(xp: Namespace, v: Array, fmt: FloatFormat) -> tuple[Array, Array]:
+  """The same two numbers without a bit view: the highest set bit of |v| in units of the smallest normal, smeared down.
+
+  For compilers that spill a vector to memory to view its bits (inductor on CPU), this is three times faster.
+  """
+  n = xp.int32(xp.abs(v) * 2.0**-fmt.min_exponent)
+  reach = 1
+  while reach <= fmt.max_exponent - fmt.min_exponent:
+    n = n | (n >> reach)
+    reach *= 2
+  power = xp.float32((n >> 1) + 1)
+  finest = 2.0 ** (fmt.mantissa_bits - fmt.min_exponent)
+  return (v * finest) / power, power * (1.0 / finest)
 
 
 def to_integer(v: Array, uniform: Array | None = None) -> Array:
