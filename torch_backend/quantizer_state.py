@@ -103,6 +103,11 @@ class QuantizerState(nn.Module):
     return self._quantizing
 
   @property
+  def is_pass_through(self) -> bool:
+    """Whether the gradient of a call is the identity, whatever the values."""
+    return self.config.pass_through_bwd and not self._transforms
+
+  @property
   def is_calibrating(self) -> bool:
     return self._calibrating
 

@@ -255,10 +255,8 @@ def test_the_kept_weight_never_is_stale(edit):
     assert torch.equal(layer(x), F.linear(x, fresh, layer.bias))
 
 
-def test_no_weight_is_kept_in_training_or_where_it_needs_a_gradient():
+def test_no_weight_is_kept_in_training():
   layer = quantized_layer()
-  layer(torch.randn(2, 16)).sum().backward()
-  assert layer._weight_kept is None and layer.weight.grad is not None
   with torch.no_grad():
     layer(torch.randn(2, 16))
     assert layer._weight_kept is not None
@@ -266,6 +264,33 @@ def test_no_weight_is_kept_in_training_or_where_it_needs_a_gradient():
     assert layer._weight_kept is None
     layer(torch.randn(2, 16))
     assert layer._weight_kept is None
+
+
+@pytest.mark.parametrize("pass_through", [True, False])
+def test_gradients_in_evaluation_are_those_of_training(pass_through):
+  layer, x = quantized_layer(), torch.randn(2, 16)
+  rule = {"num_bits": 4, "axis": 0, "pass_through_bwd": pass_through}
+  tb.set_quantizer_by_cfg(layer, {"*weight_quantizer": rule})
+  layer.weight_quantizer.amax = torch.full((8, 1), 0.1)
+  gradients = []
+  for training in (True, False, False):
+    layer.train(training)
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    gradients.append(layer.weight.grad.clone())
+  assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+  assert (layer._weight_kept is not None) == pass_through
+  assert bool((gradients[0] == 0).any()) != pass_through
+
+
+@torch.no_grad()
+def test_the_input_may_be_a_keyword():
+  torch.manual_seed(0)
+  layer, x = Scaled(12, 8).eval(), torch.randn(3, 12)
+  tb.quantize(layer, INT4_PER_CHANNEL, lambda m: m(x))
+  assert torch.equal(layer(x=x, factor=3.0), layer(x, 3.0))
+  with pytest.raises(TypeError, match="missing"):
+    layer()
 
 
 def test_inference_mode():

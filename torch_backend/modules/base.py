@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch_backend import statistics
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.sequential import Quantizer, tensor_quantizers
+from torch_backend.ste import straight_through
 
 
 class QuantModule(nn.Module):
@@ -32,8 +33,18 @@ class QuantInput(QuantModule):
     self.input_quantizer = TensorQuantizer(share_leading=True)
     self.output_quantizer = TensorQuantizer(share_leading=True, enable=False)
 
-  def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return self._quantized_output(super().forward(self._quantized_input(input), *args, **kwargs))
+  def forward(self, *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = self._quantized_arguments(args, kwargs)
+    return self._quantized_output(super().forward(*args, **kwargs))
+
+  def _quantized_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the first one, however it was passed, quantized."""
+    if args:
+      return (self._quantized_input(args[0]), *args[1:]), kwargs
+    if not kwargs:
+      return args, kwargs  # the original forward says what is missing
+    name = "input" if "input" in kwargs else next(iter(kwargs))
+    return args, {**kwargs, name: self._quantized_input(kwargs[name])}
 
   def _quantized_input(self, input: Tensor) -> Tensor:
     return self.input_quantizer(input)
@@ -90,17 +101,27 @@ class QuantWeight(QuantInput):
     return weight
 
   def quantized_weight(self) -> Tensor:
-    """The weight after its quantizer, in the stored layout; kept between calls in evaluation."""
+    """The weight after its quantizer, in the stored layout; kept between calls in evaluation.
+
+    Under `torch.compile` it is part of the graph, computed in each call: a graph cannot notice that a kept weight has become stale.
+    Fold the weights (`fold_weight`) before compiling a model that is not trained any more.
+    """
     weight = self.stored_weight
-    if torch.compiler.is_compiling() or self.training or (torch.is_grad_enabled() and weight.requires_grad):
+    quantizers = tensor_quantizers(self.weight_quantizer)
+    gradient = torch.is_grad_enabled() and weight.requires_grad
+    if torch.compiler.is_compiling() or self.training or not self.weight_quantizer.is_enabled:
       return self.compute_weight()
-    if not self.weight_quantizer.is_enabled or not all(q.is_quantizing for q in tensor_quantizers(self.weight_quantizer)):
+    if not all(q.is_quantizing and (q.is_pass_through or not gradient) for q in quantizers):
       return self.compute_weight()
+    return straight_through(weight, self._kept_weight(weight))
+
+  def _kept_weight(self, weight: Tensor) -> Tensor:
     key = self._state_of(weight)
     kept = self._weight_kept
     if kept is None or kept[0] != key:
-      # The alias holds the storage, so that a new weight cannot appear at the same address.
-      kept = self._weight_kept = (key, weight.detach(), self.compute_weight().detach())
+      with torch.no_grad():
+        # The alias holds the storage, so that a new weight cannot appear at the same address.
+        kept = self._weight_kept = (key, weight.detach(), self.compute_weight().detach())
     return kept[2]
 
   def drop_kept_weight(self) -> None:
@@ -115,10 +136,10 @@ class QuantWeight(QuantInput):
     quantizers = tuple(q.state_key() for q in tensor_quantizers(self.weight_quantizer))
     return weight.data_ptr(), statistics.version(weight), weight.dtype, weight.shape, statistics.checksum(weight), quantizers
 
-  def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+  def forward(self, *args: Any, **kwargs: Any) -> Any:
     object.__setattr__(self, "_weight_in_use", self.quantized_weight())  # not registered as a parameter
     try:
-      return super().forward(input, *args, **kwargs)
+      return super().forward(*args, **kwargs)
     finally:
       object.__setattr__(self, "_weight_in_use", None)
 
