@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_backend.layouts import Layout
@@ -23,7 +24,7 @@ def like_weight(amax: Any, weight: Any, layout: Layout, stack: int) -> Any:
     amax, moved where the weight is sharded.
   """
   placed = getattr(weight, "sharding", None)
-  if isinstance(weight, jax.core.Tracer) or not isinstance(placed, NamedSharding) or placed.mesh.size == 1 or amax.ndim <= stack:
+  if isinstance(weight, Tracer) or not isinstance(placed, NamedSharding) or placed.mesh.size == 1 or amax.ndim <= stack:
     return amax
   names = [*placed.spec, *(None,) * (weight.ndim - len(placed.spec))]
   dims = layout.of(weight.ndim - stack)

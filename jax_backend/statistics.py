@@ -21,13 +21,17 @@ from jax_backend.quantizer import CALIBRATE, AnyQuantizer, Quantizer, Sequential
 
 def collect(quantizer: AnyQuantizer, x: Any) -> AnyQuantizer:
   """The quantizer with one more tensor in its statistics. Children of a sequential one each see what the one before returns."""
-  if isinstance(quantizer, SequentialQuantizer):
-    children = []
-    for child in quantizer.children:
-      children.append(collect(child, x))
-      if child.mode == CALIBRATE:
-        x = child.replace(mode="quantize").with_amax(None)(x)
-    return SequentialQuantizer(tuple(children))
+  if isinstance(quantizer, Quantizer):
+    return _collect(quantizer, x)
+  children = []
+  for child in quantizer.children:
+    children.append(_collect(child, x))
+    if child.mode == CALIBRATE:
+      x = child.replace(mode="quantize").with_amax(None)(x)
+  return SequentialQuantizer(tuple(children))
+
+
+def _collect(quantizer: Quantizer, x: Any) -> Quantizer:
   if quantizer.mode != CALIBRATE or not jnp.issubdtype(x.dtype, jnp.floating) or x.size == 0:
     return quantizer
   if not quantizer.config.needs_calibration and quantizer.config.bias is None:
@@ -120,7 +124,7 @@ def _seed(quantizer: AnyQuantizer, aval: Any, sizes: tuple[int, ...]) -> AnyQuan
 
 
 def _shapes(quantizer: Quantizer, aval: Any) -> dict[str, Any] | None:
-  return jax.eval_shape(lambda x: collect(quantizer, x).statistics, aval)
+  return jax.eval_shape(lambda x: _collect(quantizer, x).statistics, aval)
 
 
 def finish(quantizer: AnyQuantizer, name: str) -> AnyQuantizer:
@@ -133,8 +137,12 @@ def finish(quantizer: AnyQuantizer, name: str) -> AnyQuantizer:
   Raises:
     ValueError: the data held NaN or infinity.
   """
-  if isinstance(quantizer, SequentialQuantizer):
-    return SequentialQuantizer(tuple(finish(child, f"{name}.{i}") for i, child in enumerate(quantizer.children)))
+  if isinstance(quantizer, Quantizer):
+    return _finish(quantizer, name)
+  return SequentialQuantizer(tuple(_finish(child, f"{name}.{i}") for i, child in enumerate(quantizer.children)))
+
+
+def _finish(quantizer: Quantizer, name: str) -> Quantizer:
   done = quantizer.replace(statistics=None).with_mode("quantize")
   found = quantizer.statistics
   if quantizer.mode != CALIBRATE or found is None:

@@ -97,7 +97,8 @@ WeightState = tuple[Any, QuantizerConfig | tuple[QuantizerConfig, ...], Any]
 def weight_quantization(qmodule: Any, qvariables: Mapping[str, Any]) -> dict[str, WeightState]:
   """Every enabled weight quantizer's tensor as torch would hold it, for comparison code by code.
 
-  `core.quantize(weight, config.spec, amax)` gives the codes and scales that the model computes with.
+  `core.quantize(weight, config.spec, amax)` gives the codes and scales that the model computes with; a static two-level weight also needs
+  `tensor_amax=quantizers(qvariables)[name].tensor_amax`, which siblings may share.
 
   Args:
     qmodule: what `quantize` returned.

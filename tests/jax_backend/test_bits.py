@@ -53,8 +53,13 @@ def torch_view(x, layout: Layout):
   return np.transpose(x, order).reshape([int(np.prod([x.shape[a] for a in group])) for group in dims])
 
 
-@pytest.mark.parametrize("which", LAYOUTS)
-@pytest.mark.parametrize("attributes", ATTRIBUTES)
+# every format on a Dense kernel; in the other layouts, the formats that look at neighbours, tiles or one tensor scale
+CASES = [("dense", a) for a in ATTRIBUTES] + [
+  (w, a) for w in LAYOUTS if w != "dense" for a in ("int4_ragged", "fp8_tile", "nvfp4", "nf4_double")
+]
+
+
+@pytest.mark.parametrize("which, attributes", CASES)
 def test_weight_quantizer_equals_core_on_the_torch_tensor(which, attributes):
   shape, layout = LAYOUTS[which]
   x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -66,7 +71,8 @@ def test_weight_quantizer_equals_core_on_the_torch_tensor(which, attributes):
     same_bits(quantizer.amax, core.amax(reference, config.spec))
   expected = core.fake_quantize(reference, config.spec, core.amax(reference, config.spec))
   same_bits(torch_view(np.asarray(quantizer(jnp.asarray(x))), layout), expected)
-  same_bits(torch_view(np.asarray(weights.quantized(quantizer, jnp.asarray(x))), layout), expected)
+  if which == "dense":
+    same_bits(torch_view(np.asarray(weights.quantized(quantizer, jnp.asarray(x))), layout), expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -80,7 +86,7 @@ def test_types_come_back_and_statistics_are_float32(dtype):
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 20), (2, 20)])
-@pytest.mark.parametrize("attributes", ["int8_tensor", "fp8_token", "mxfp4", "nvfp4", "int4_block"])
+@pytest.mark.parametrize("attributes", ["int8_tensor", "fp8_token", "mxfp4", "nvfp4"])
 def test_activation_quantizer_in_eager_jit_vmap_and_remat(shape, attributes):
   x = jax.random.normal(jax.random.key(0), shape)
   config = QuantizerConfig.from_attributes(ATTRIBUTES[attributes])

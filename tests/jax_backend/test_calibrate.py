@@ -74,7 +74,7 @@ def test_static_activations_without_data_warn_by_name_and_act_as_dynamic(mlp):
 
 def test_errors_say_what_to_do(mlp, cnn):
   module, variables, x = mlp
-  with pytest.raises(TypeError, match="flax.linen.Module"):
+  with pytest.raises(TypeError, match=r"flax\.linen\.Module"):
     jb.quantize("model", variables, jb.INT8_DEFAULT_CFG)
   with pytest.raises(ValueError, match="has no 'params'"):
     jb.quantize(module, variables["params"], jb.INT8_DEFAULT_CFG)
@@ -285,7 +285,7 @@ def test_half_precision_models(dtype):
 
 
 def test_float64_model_keeps_its_carrier(mlp):
-  module, variables, x = mlp
+  _, variables, x = mlp
   with jax.enable_x64(True):
     wide = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), variables)
     x = jnp.asarray(x, jnp.float64)
