@@ -52,38 +52,36 @@ def test_calibrated_on_zeros(name):
     assert model(x).isfinite().all()
 
 
-DISTINCT = (
-  "INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "W4A8_AWQ_BETA_CFG",
-  "MXFP4_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "NVFP4_FOUR_OVER_SIX_CFG",
-)  # fmt: skip
+COMPILED: set = set()
 
 
-def mixed_block() -> tuple[torch.nn.Module, torch.Tensor]:
-  """A Llama MLP and an expert behind it, so that every preset finds a layer."""
+class Block(torch.nn.Module):
+  """A gated layer and an expert behind it, so that every preset finds something."""
 
-  class Block(torch.nn.Module):
-    def __init__(self):
-      super().__init__()
-      self.mlp = copy.deepcopy(LLAMA.model.layers[0].mlp)
-      self.moe = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(64, 24)])})
+  def __init__(self):
+    super().__init__()
+    self.mlp = torch.nn.Linear(64, 32)
+    self.moe = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(32, 24)])})
 
-    def forward(self, x):
-      return self.moe["experts"][0](self.mlp(x))
-
-  return Block(), torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+  def forward(self, x):
+    return self.moe["experts"][0](torch.nn.functional.silu(self.mlp(x)))
 
 
 @pytest.mark.parametrize("name", WHOLE_PRESETS)
 def test_compiles_without_graph_breaks(name):
+  """Presets that differ in their algorithm only, hence have equal quantizers, are traced once."""
   torch._dynamo.reset()
-  model, x = mixed_block()
+  model, x = Block(), torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
   with torch.no_grad():
     quietly(model, tb.preset(name), lambda m: m(x))
-    # The eager backend runs the captured graph with the kernels and in the order of the uncompiled model: equal bits.
-    assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+    graph = tuple((n, q.config, q.is_enabled, q.amax is None) for n, q in tb.quantizers(model).items())
+    if graph not in COMPILED:
+      # The eager backend runs the captured graph with the kernels and in the order of the uncompiled model: equal bits.
+      assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+      COMPILED.add(graph)
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", ["INT8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "MXFP4_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"])
 def test_inductor_gives_the_bits_of_eager(name):
   torch._dynamo.reset()
   model, x = copy.deepcopy(MLP), torch.randn(16, 32)
@@ -99,6 +97,7 @@ def test_a_llama_compiles_in_two_graphs_for_all_lengths():
   torch._dynamo.reset()
   counters = torch._dynamo.utils.counters
   model = copy.deepcopy(LLAMA)
+  del model.model.layers[1]
   with torch.no_grad():
     quietly(model, tb.INT8_DEFAULT_CFG, lambda m: m(tokens()))
     counters.clear()
