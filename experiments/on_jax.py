@@ -1,0 +1,165 @@
+"""A model in JAX and Flax, as the experiments see it: numpy in, numpy out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import core
+import jax_backend
+from core.config.matching import canonical_name
+from experiments import models
+from experiments.quantities import Codes, Leaf, Weight
+from jax_backend import layouts, tree, weights
+from jax_backend.capture import observing
+
+
+def _result(output: Any) -> jax.Array:
+  return getattr(output, "last_hidden_state", output)
+
+
+class Model:
+  """A float model.
+
+  Attributes:
+    module: the linen module.
+    variables: {"params": ..., "quant": ...}.
+    jit: compile the whole model; otherwise it runs operation by operation.
+  """
+
+  backend = "jax"
+
+  def __init__(self, module: Any, variables: Mapping[str, Any], jit: bool = False) -> None:
+    self.module, self.variables, self.jit = module, variables, jit
+    self._compiled = jax.jit(lambda variables, ids: _result(module.apply(variables, ids)))
+
+  @classmethod
+  def load(cls, source: str, dtype: str = "float32", twin: bool = False, jit: bool = False) -> Model:
+    """From a name or folder. There is one Flax model for every dtype, so `twin` changes nothing."""
+    del twin
+    module, variables, _ = models.load_jax(source, dtype)
+    return cls(module, variables, jit)
+
+  def __call__(self, ids: np.ndarray) -> np.ndarray:
+    if self.jit:
+      return np.asarray(self._compiled(self.variables, ids))
+    return np.asarray(_result(self.module.apply(self.variables, jnp.asarray(ids))))
+
+  def quantize(self, config: Mapping[str, Any], batches: Sequence[np.ndarray], group_rules: Sequence[str] | None = None) -> Quantized:
+    """A quantized version, calibrated on these batches."""
+    # One compilation per batch shape: a shorter last batch would cost a second one.
+    full = max(len(ids) for ids in batches)
+    whole = [ids for ids in batches if len(ids) == full]
+    rest = [ids[i : i + 1] for ids in batches if len(ids) != full for i in range(len(ids))]
+
+    def loop(model: Any) -> None:
+      for ids in whole + rest:
+        model(ids)
+
+    quantized = jax_backend.quantize(self.module, self.variables, config, loop, group_rules=group_rules)
+    return Quantized(*quantized, self.jit)
+
+
+class Quantized(Model):
+  """A quantized model."""
+
+  def leaves(self) -> dict[str, tuple[Leaf, ...]]:
+    found = {name: _leaves(q) for name, q in self.quantizers().items() if q.is_enabled}
+    return dict(sorted(found.items()))
+
+  def quantizers(self) -> dict[str, Any]:
+    return {tree.full_name(path, name): q for path, name, q in tree.items(self.variables["quant"])}
+
+  def weights(self) -> Iterator[Weight]:
+    for path, name, quantizer, weight in weights.each(self.variables):
+      if quantizer.is_enabled:
+        if quantizer.stack:
+          raise ValueError(f"{tree.full_name(path, name)} belongs to a scanned stack; load the model with scan_layers=False to compare it")
+        show = functools.partial(layouts.to_torch, layout=quantizer.layout)
+        yield Weight(tree.full_name(path, name), show(weight), show(weights.quantized(quantizer, weight)), _leaves(quantizer))
+
+  def fold(self) -> None:
+    self.variables = jax_backend.fold_weight(self.module, self.variables)
+
+  def run(self, ids: np.ndarray, on_quantizer: Callable[..., None], on_layer: Callable[[str, Any], None]) -> np.ndarray:
+    """Run one batch, operation by operation; arguments as in `on_torch.Quantized.run`."""
+    layers = {name.rpartition(".")[0] for name in self.quantizers()}
+
+    def watch(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+      output = next_fun(*args, **kwargs)
+      name = canonical_name("/".join(context.module.path))
+      if context.method_name == "__call__" and name in layers:
+        on_layer(name, output)
+      return output
+
+    with nn.intercept_methods(watch), observing(on_quantizer):
+      return np.asarray(_result(self.module.apply(self.variables, jnp.asarray(ids))))
+
+
+def _leaves(quantizer: Any) -> tuple[Leaf, ...]:
+  leaves = []
+  for one in quantizer.leaves:
+    spec = one.config.spec
+    given = spec.two_level and not spec.dynamic and one.tensor_amax is not None
+    amax = None if one.amax is None else np.asarray(one.amax)
+    leaves.append(Leaf(one.config, amax, np.asarray(one.tensor_amax) if given else None))
+  return tuple(leaves)
+
+
+def prepare(quantizer: Any, x: Any) -> Any:
+  """As `on_torch.prepare`."""
+  first = quantizer.leaves[0]
+  x = first.prepare(x)
+  if first.config.bias is not None:
+    if first.bias is None:
+      raise ValueError("a quantizer takes its bias from each input; compare a configuration without a dynamic bias")
+    x = x.astype(jnp.float32) - first.bias
+  return x
+
+
+def encode(x: Any, leaves: Sequence[Leaf]) -> Codes:
+  """As `on_torch.encode`, by `core` on JAX arrays."""
+  x = jnp.asarray(x)
+  for before in leaves[:-1]:
+    x = _fake_quantize(before.spec, x, before.amax_for(x.shape), before.tensor_amax)
+  leaf = leaves[-1]
+  parts = _quantize(leaf.spec, x, leaf.amax_for(x.shape), leaf.tensor_amax)
+  return Codes(*(None if part is None else np.asarray(part) for part in parts))
+
+
+def amax_of(x: Any, spec: core.QuantSpec) -> np.ndarray:
+  """`core.amax` on a JAX array."""
+  return np.asarray(_amax(spec, jnp.asarray(x)))
+
+
+def with_amax(quantizer: Any, leaves: Sequence[Leaf]) -> Any:
+  """The quantizer with the state of another backend's."""
+  state = iter(leaves)
+
+  def give(one: Any) -> Any:
+    leaf = next(state)
+    return one.with_amax(leaf.amax, leaf.tensor_amax)
+
+  return quantizer.map(give)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantize(spec: core.QuantSpec, x: Any, amax: Any, tensor_amax: Any) -> tuple[Any, ...]:
+  q = core.quantize(x, spec, amax, tensor_amax=tensor_amax)
+  return q.codes, q.scale, q.tensor_scale, q.zero_point
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fake_quantize(spec: core.QuantSpec, x: Any, amax: Any, tensor_amax: Any) -> Any:
+  return core.fake_quantize(x, spec, amax, tensor_amax=tensor_amax)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _amax(spec: core.QuantSpec, x: Any) -> Any:
+  return core.amax(x, spec)
