@@ -4,8 +4,8 @@
 `load_torch_twin` a plain torch Llama that computes op for op what the Flax one does, in float64 too. Submodules have the same names in all
 of them: `model.layers.0.self_attn.q_proj` in torch is `model/layers_0/self_attn/q_proj` in Flax.
 
-Names: "smollm2" (SmolLM2-135M-Instruct, a Llama) and "minilm" (all-MiniLM-L6-v2, a BERT encoder), from the `models` extra. Any local Hugging
-Face folder of these two architectures works as well.
+Names: "smollm2" (SmolLM2-135M-Instruct, a Llama) and "minilm" (all-MiniLM-L6-v2, a BERT encoder), from the `models` extra. Any local
+Hugging Face folder of these two architectures works as well.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def load_jax(name_or_folder: str | Path, dtype: str = "float32", **module_option
 
   from experiments.models import weights
 
-  if dtype == "float64" and not jax.config.jax_enable_x64:
+  if jax.dtypes.canonicalize_dtype(dtype) != dtype:
     raise ValueError('dtype "float64" needs jax.config.update("jax_enable_x64", True) before the model is loaded')
   tensors = weights.read(folder, config)
   module = _flax_module(config, jnp.dtype(dtype), weights.has_pooler(tensors), module_options)
