@@ -80,7 +80,9 @@ class Quantizer:
     return (self,)
 
   def replace(self, **changes: Any) -> Quantizer:
-    """A copy with these fields changed."""
+    """A copy with these fields changed. Another amax drops the kept scales (`with_amax` computes them anew)."""
+    if "scales" not in changes and ({"amax", "tensor_amax"} & set(changes)):
+      changes["scales"] = None
     return dataclasses.replace(self, **changes)
 
   def enable(self) -> Quantizer:
@@ -125,7 +127,7 @@ class Quantizer:
   def prepare(self, x: Any) -> Any:
     """x times pre_quant_scale, rotated: the tensor that is quantized and whose statistics count."""
     if self.pre_quant_scale is not None:
-      x = (x * self.pre_quant_scale).astype(x.dtype)
+      x = (x.astype(jnp.float32) * self.pre_quant_scale).astype(x.dtype)
     return affine.rotate(x, self.config.rotate)
 
   def __call__(self, x: Any, key: Any = None) -> Any:
@@ -163,7 +165,8 @@ class Quantizer:
     tensor_amax = None if spec.dynamic else self.tensor_amax
     y = ste.fake_quantize(spec, not masked, shown, amax, tensor_amax, self.scales, key)
     if bias is not None:
-      y = (y + bias).astype(x.dtype)
+      # the select keeps XLA from fusing level * step + bias into one rounding, which numpy and torch do not do
+      y = (jnp.where(y == y, y, jnp.nan) + bias).astype(x.dtype)
     return layouts.leave(y, seen, x.shape)
 
   def _bias(self, shown: Any, seen: layouts.View) -> Any:

@@ -155,3 +155,21 @@ def test_einsum_kernels_and_inputs():
   kernel = np.asarray(variables["params"]["kernel"])
   same_bits(weight, np.ascontiguousarray(kernel.reshape(5, 42).T))
   same_bits(amax, core.amax(np.asarray(weight), config.spec))
+
+
+def test_affine_bias_is_the_same_under_jit():
+  # level * step + bias must not become one fused operation
+  x = np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32) + 3
+  bias = ((x.min(0, keepdims=True) + x.max(0, keepdims=True)) / 2).astype(np.float32)
+  config = QuantizerConfig.from_attributes({"num_bits": 8, "axis": -1, "bias": {-2: None, "method": "max_min"}})
+  amax = core.amax(x - bias, config.spec)
+  quantizer = Quantizer(config).with_amax(amax).replace(bias=jnp.asarray(bias))
+  expected = core.fake_quantize(x - bias, config.spec, amax) + bias
+  same_bits(quantizer(jnp.asarray(x)), expected)
+  same_bits(jax.jit(quantizer.__call__)(jnp.asarray(x)), expected)
+
+
+def test_another_amax_drops_the_kept_scales():
+  x = jax.random.normal(jax.random.key(0), (4, 16))
+  quantizer = Quantizer(QuantizerConfig.from_attributes({"num_bits": 8})).with_amax(1.0)
+  same_bits(quantizer.replace(amax=jnp.float32(2.0))(x), quantizer.with_amax(2.0)(x))

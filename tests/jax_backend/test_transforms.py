@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -215,3 +216,28 @@ def test_stochastic_rounding_draws_from_its_rng(mlp):
   one = qmodule.apply(qvariables, x, rngs={"quantize": jax.random.key(0)})
   same_bits(one, qmodule.apply(qvariables, x, rngs={"quantize": jax.random.key(0)}))
   assert not jnp.array_equal(one, qmodule.apply(qvariables, x, rngs={"quantize": jax.random.key(1)}))
+
+
+def test_boxed_and_frozen_parameters():
+  kernel = nn.with_partitioning(nn.initializers.lecun_normal(), ("a", "b"))
+
+  class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      return nn.Dense(16, use_bias=False, kernel_init=kernel)(x), None
+
+  class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      axes = {"variable_axes": {"params": 1}, "metadata_params": {nn.PARTITION_NAME: "layers"}}
+      return nn.scan(Body, split_rngs={"params": True}, length=3, **axes)()(x, None)[0]
+
+  x = jax.random.normal(jax.random.key(0), (4, 16))
+  variables = Stack().init(jax.random.key(1), x)
+  qmodule, qvariables = jb.quantize(Stack(), variables, jb.INT8_DEFAULT_CFG, lambda model: model(x))
+  folded = jb.fold_weight(qmodule, qvariables)
+  same_bits(qmodule.apply(folded, x), qmodule.apply(qvariables, x))
+  assert jax.tree.structure(folded["params"]) == jax.tree.structure(variables["params"])  # boxes and all
+  frozen = flax.core.freeze(flax.core.meta.unbox(variables))
+  _, plain = jb.quantize(Stack(), frozen, jb.INT8_DEFAULT_CFG, lambda model: model(x))
+  same_bits(qmodule.apply(plain, x), qmodule.apply(qvariables, x))
