@@ -37,20 +37,22 @@ def _selection(runtime, name: str):
   if runtime.name == "jax.jit":
     return _first_of_each_spec(name)
   wanted = {
-    "int": ("INT4, grid", "UINT8, grid"),
-    "granularity": ("INT8, 4x4 tiles", "E4M3, axis 0"),
-    "mx_e2m1": ("block 32, rceil", "block 32, even"),
-    "nvfp4": ("special blocks", "static, tensor amax 150"),
-    "nvfp4_four_over_six": ("equal errors",),
+    "int": ("UINT8, grid",),
+    "mx_e2m1": ("block 32, even",),
+    "nvfp4": ("static, tensor amax 150",),
     "double_scale": ("NF4 block 16",),
     "int_zero_point": ("UINT8 zero point, rows",),
     "stochastic": ("E2M1, special",),
   }
+  if runtime.name == "jax":
+    wanted |= {"granularity": ("INT8, 4x4 tiles", "E4M3, axis 0"), "nvfp4_four_over_six": ("equal errors",)}
   return lambda case: case["name"].startswith(wanted.get(name, "-"))
 
 
 def _check(runtime, name: str, select, compared) -> None:
   for result in run(runtime, [name], select):
+    if not result.cases:
+      pytest.skip("runs in test_all_vectors (slow): every specification is compiled anew")
     compared(result.compared)
     assert not result.failures, "\n".join(result.failures[:20])
 

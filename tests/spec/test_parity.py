@@ -12,9 +12,9 @@ from core.conformance.runner import FIELDS, FileResult, evaluate, int32_word
 from tests.spec.specs import KEY, SPECS, plain, stress
 
 # torch.compile takes 3 to 25 s a specification; the rest run there under `-m slow`
-COMPILED = ("int8 axis 0", "int4 block 128", "e4m3 token", "mxfp4", "nvfp4", "nvfp4 tiles")
+COMPILED = ("int8 axis 0", "e4m3 token", "mxfp4", "nvfp4")
 # jax compiles every operation of every shape on its own when it runs eagerly
-EAGER_JAX = (*COMPILED, "int8", "mxfp6 even", "int8 zero point", "nvfp4 stochastic")
+EAGER_JAX = (*COMPILED, "int8", "int8 zero point", "nvfp4 stochastic")
 NUMPY_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float64": np.float64}
 
 
@@ -41,7 +41,7 @@ def _check(runtime, label: str, compared) -> None:
 @pytest.mark.parametrize("label", SPECS)
 def test_parity(runtime, label, compared):
   if (runtime.name == "torch.compile" and label not in COMPILED) or (runtime.name == "jax" and label not in EAGER_JAX):
-    return  # see test_parity_slow
+    pytest.skip("runs in test_parity_slow")
   _check(runtime, label, compared)
 
 
@@ -75,15 +75,15 @@ DTYPE_SPECS = ("int8 axis 0", "e4m3 token", "mxfp4", "nvfp4", "int8 zero point",
 def test_input_types(runtime, label, dtype, compared):
   """fake_quantize(x) == dequantize(quantize(x)) in x's own type, and equal to numpy's on the widened input."""
   if dtype == "float64" and runtime.backend == "jax":
-    return  # jax narrows float64 to float32 on arrival unless x64 is switched on
+    pytest.skip("jax narrows float64 to float32 on arrival unless x64 is switched on")
   if runtime.name == "torch.compile" and (label, dtype) not in (
     ("int8 axis 0", "bfloat16"),
     ("nvfp4", "bfloat16"),
     ("e4m3 token", "float16"),
   ):
-    return  # 10 s each; the way in and out is the same code for every specification
+    pytest.skip("10 s each; the way in and out is the same code for every specification")
   if runtime.name == "jax" and label not in ("int8 axis 0", "nvfp4"):
-    return
+    pytest.skip("compiled under jax.jit; eager compiles every operation on its own")
   spec = SPECS[label]
   x = _cast(runtime, np.where(np.abs(plain()) > 2, plain() * 20000, plain()).astype(np.float32), dtype)
   out = dict(zip(FIELDS, _run(runtime, spec, x), strict=True))
@@ -100,14 +100,13 @@ def test_input_types(runtime, label, dtype, compared):
 
 
 def test_float16_saturates(runtime):
-  """A level times its step may leave float16; the result is its largest finite value, never an infinity."""
-  x = np.array([[65504.0, -65504.0, 1.0, 0.0]], np.float32)
-  spec = core.QuantSpec(core.formats.E2M1, axis=(0,))
-  amax = np.array([[80000.0]], np.float32)
+  """A level times its step may leave float16 (6 steps of 70000 / 6 here); the result is its largest finite value, never an infinity."""
   if runtime.name == "torch.compile":
-    return  # covered by test_input_types
-  y = core.fake_quantize(_cast(runtime, x, "float16"), spec, runtime.array(amax))
-  assert to_numpy(y).tolist()[0][:2] == [65504.0, -65504.0] or np.abs(to_numpy(y)).max() <= 65504
+    pytest.skip("covered by test_input_types")
+  x = np.array([[65504.0, -65504.0, 0.0]], np.float32)
+  spec = core.QuantSpec(core.formats.E2M1, axis=(0,))
+  y = core.fake_quantize(_cast(runtime, x, "float16"), spec, runtime.array(np.array([[70000.0]], np.float32)))
+  assert to_numpy(y).tolist() == x.tolist()
 
 
 @pytest.mark.parametrize("label", SPECS)
