@@ -1,0 +1,1 @@
+"""Speed, paired: every candidate of a table runs in the same process, interleaved with the others and with a plain copy."""
