@@ -77,7 +77,8 @@ class Quantized(Model):
     return {tree.full_name(path, name): q for path, name, q in tree.items(self.variables["quant"])}
 
   def weights(self) -> Iterator[Weight]:
-    for path, name, quantizer, weight in weights.each(self.variables):
+    entries = weights.each(self.variables)
+    for path, name, quantizer, weight in sorted(entries, key=lambda entry: tree.full_name(*entry[:2])):
       if quantizer.is_enabled:
         if quantizer.stack:
           raise ValueError(f"{tree.full_name(path, name)} belongs to a scanned stack; load the model with scan_layers=False to compare it")
@@ -86,6 +87,11 @@ class Quantized(Model):
 
   def fold(self) -> None:
     self.variables = jax_backend.fold_weight(self.module, self.variables)
+
+  def adopt(self, leaves: Mapping[str, Sequence[Leaf]]) -> None:
+    """Take over the calibrated state of another backend's quantizers, by name."""
+    quant = tree.map_named(lambda name, q: with_amax(q, leaves[name]) if name in leaves else q, self.variables["quant"])
+    self.variables = {**self.variables, "quant": quant}
 
   def run(self, ids: np.ndarray, on_quantizer: Callable[..., None], on_layer: Callable[[str, Any], None]) -> np.ndarray:
     """Run one batch, operation by operation; arguments as in `on_torch.Quantized.run`."""
@@ -112,6 +118,9 @@ def _leaves(quantizer: Any) -> tuple[Leaf, ...]:
   return tuple(leaves)
 
 
+array = jnp.asarray
+
+
 def prepare(quantizer: Any, x: Any) -> Any:
   """As `on_torch.prepare`."""
   first = quantizer.leaves[0]
@@ -131,6 +140,11 @@ def encode(x: Any, leaves: Sequence[Leaf]) -> Codes:
   leaf = leaves[-1]
   parts = _quantize(leaf.spec, x, leaf.amax_for(x.shape), leaf.tensor_amax)
   return Codes(*(None if part is None else np.asarray(part) for part in parts))
+
+
+def decode(codes: Codes, spec: core.QuantSpec, like: Any) -> Any:
+  """The values of codes and scales, in the type of `like`."""
+  return _dequantize(spec, *codes).astype(like.dtype)
 
 
 def amax_of(x: Any, spec: core.QuantSpec) -> np.ndarray:
@@ -153,6 +167,11 @@ def with_amax(quantizer: Any, leaves: Sequence[Leaf]) -> Any:
 def _quantize(spec: core.QuantSpec, x: Any, amax: Any, tensor_amax: Any) -> tuple[Any, ...]:
   q = core.quantize(x, spec, amax, tensor_amax=tensor_amax)
   return q.codes, q.scale, q.tensor_scale, q.zero_point
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dequantize(spec: core.QuantSpec, codes: Any, scale: Any, tensor_scale: Any, zero_point: Any) -> Any:
+  return core.dequantize(core.QuantizedTensor(codes, scale, tensor_scale, zero_point, spec, codes.shape))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -76,7 +76,7 @@ class Quantized(Model):
 
   @torch.no_grad()
   def weights(self) -> Iterator[Weight]:
-    for name, module in self.model.named_modules():
+    for name, module in sorted(self.model.named_modules(), key=lambda entry: f"{entry[0]}.weight_quantizer"):
       if isinstance(module, QuantWeight) and module.weight_quantizer.is_enabled:
         before = module.canonical(module.stored_weight.detach())
         after = module.canonical(module.compute_weight().detach())
@@ -149,6 +149,12 @@ def encode(x: Any, leaves: Sequence[Leaf]) -> Codes:
   leaf = leaves[-1]
   q = core.quantize(x, leaf.spec, _tensor(leaf.amax_for(tuple(x.shape))), tensor_amax=_tensor(leaf.tensor_amax))
   return Codes(*(None if part is None else numpy_of(part) for part in (q.codes, q.scale, q.tensor_scale, q.zero_point)))
+
+
+def decode(codes: Codes, spec: core.QuantSpec, like: torch.Tensor) -> torch.Tensor:
+  """The values of codes and scales, in the type of `like`."""
+  parts = (_tensor(codes.codes), _tensor(codes.scale), _tensor(codes.tensor_scale), _tensor(codes.zero_point))
+  return core.dequantize(core.QuantizedTensor(*parts, spec, tuple(codes.codes.shape))).to(like.dtype)
 
 
 def amax_of(x: Any, spec: core.QuantSpec) -> np.ndarray:
