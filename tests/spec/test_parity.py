@@ -78,7 +78,6 @@ def test_input_types(runtime, label, dtype, compared):
     pytest.skip("jax narrows float64 to float32 on arrival unless x64 is switched on")
   if runtime.name == "torch.compile" and (label, dtype) not in (
     ("int8 axis 0", "bfloat16"),
-    ("nvfp4", "bfloat16"),
     ("e4m3 token", "float16"),
   ):
     pytest.skip("10 s each; the way in and out is the same code for every specification")

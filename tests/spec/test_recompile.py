@@ -23,7 +23,7 @@ class Quantizer(torch.nn.Module):
     return core.fake_quantize(x, self.spec, key=key), core.quantize(x, self.spec, key=key).codes
 
 
-@pytest.mark.parametrize("order", (1, -1))
+@pytest.mark.parametrize("order", (1, pytest.param(-1, marks=pytest.mark.slow)))
 def test_one_class_many_specifications(order, compared):
   torch.compiler.reset()
   torch._dynamo.config.recompile_limit = 10_000
@@ -35,7 +35,7 @@ def test_one_class_many_specifications(order, compared):
   }
   x = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
   x = x.repeat(1, 3)[:, :384]
-  for label in list(specs)[::order]:
+  for label in ["e4m3", *[s for s in specs if s != "e4m3"]][::order]:
     module = Quantizer(specs[label])
     values, codes = torch.compile(module, fullgraph=True, dynamic=False, backend="eager")(x)
     expected_values, expected_codes = module(x)
