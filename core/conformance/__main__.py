@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(runtime: runner.Runtime, results: list[runner.FileResult], seconds: float) -> None:
   """One row per file (a rich table on a terminal, plain columns elsewhere), then the first differences."""
-  rows = [(r.name, str(r.cases), str(r.compared), str(r.mismatches), r.title) for r in results]
+  rows: list[tuple[str, ...]] = [(r.name, str(r.cases), str(r.compared), str(r.mismatches), r.title) for r in results]
   rows.append(("total", *(str(sum(getattr(r, f) for r in results)) for f in ("cases", "compared", "mismatches")), f"{seconds:.1f} s"))
   head = ("file", "cases", "compared", "mismatches", "content")
   print(f"conformance: {runtime.name} on {runtime.device}")

@@ -139,7 +139,7 @@ def check_case(case: dict[str, Any], runtime: Runtime, result: FileResult) -> No
     given = {"amax": given["tensor_amax"]}
   words = [int32_word(k) for k in case.get("key", ())]
   arrays = runtime.evaluator(spec, tuple(given), bool(words))(*(runtime.array(v) for v in (x, *given.values(), *words)))
-  out = dict(zip(FIELDS, (None if v is None else to_numpy(v) for v in arrays), strict=True))
+  out: dict[str, Any] = dict(zip(FIELDS, (None if v is None else to_numpy(v) for v in arrays), strict=True))
   result.cases += 1
   label = f"{result.name}: {case['name']}: "
   want = _expected(expected, spec, x.shape)
