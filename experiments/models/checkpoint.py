@@ -12,26 +12,34 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the limit of the format itself
-DTYPES = {
-  "F64": np.dtype(np.float64),
-  "F32": np.dtype(np.float32),
-  "F16": np.dtype(np.float16),
-  "BF16": np.dtype(ml_dtypes.bfloat16),
-  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-  "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-  "I64": np.dtype(np.int64),
-  "I32": np.dtype(np.int32),
-  "I16": np.dtype(np.int16),
-  "I8": np.dtype(np.int8),
-  "U8": np.dtype(np.uint8),
-  "BOOL": np.dtype(np.bool_),
+_NATIVE = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
 }
+_NARROW = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+
+
+def _dtype(kind: object, what: str) -> np.dtype:
+  if kind in _NATIVE:
+    return np.dtype(_NATIVE[kind])
+  if kind not in _NARROW:
+    raise ValueError(f"{what} has type {kind!r}; supported are {', '.join([*_NATIVE, *_NARROW])}")
+  try:
+    import ml_dtypes
+  except ImportError as error:
+    raise ImportError(f"{what} has type {kind!r}, which numpy knows through ml_dtypes only; run pip install ml_dtypes") from error
+  return np.dtype(getattr(ml_dtypes, _NARROW[kind]))
 
 
 def read_file(path: str | Path) -> dict[str, np.ndarray]:
@@ -39,7 +47,8 @@ def read_file(path: str | Path) -> dict[str, np.ndarray]:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: the file is damaged, or holds a type that numpy has no name for.
+    ImportError: bfloat16 or float8 tensors, and ml_dtypes is not installed.
+    ValueError: the file is damaged, or holds an unknown type.
   """
   path = Path(path)
   size = path.stat().st_size
@@ -62,13 +71,12 @@ def _tensor(path: Path, name: str, entry: Mapping[str, object], data: np.ndarray
     kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[misc]
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{path}: the header entry of tensor {name!r} is damaged: {entry}") from error
-  if kind not in DTYPES:
-    raise ValueError(f"{path}: tensor {name!r} has type {kind!r}; supported are {', '.join(DTYPES)}")
-  needed = math.prod(shape) * DTYPES[kind].itemsize
+  dtype = _dtype(kind, f"{path}: tensor {name!r}")
+  needed = math.prod(shape) * dtype.itemsize
   if not 0 <= first <= last <= data.size or last - first != needed:
     raise ValueError(f"{path}: tensor {name!r} of shape {list(shape)} needs {needed} bytes, its range is {first}..{last} of {data.size}")
   # The format does not align tensors; numpy reads an unaligned view correctly, if slower.
-  return data[first:last].view(DTYPES[kind]).reshape(shape)
+  return data[first:last].view(dtype).reshape(shape)
 
 
 def read_folder(folder: str | Path) -> dict[str, np.ndarray]:

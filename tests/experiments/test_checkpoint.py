@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -105,4 +106,11 @@ def test_files_that_are_no_safetensors(tmp_path):
       checkpoint.read_folder(tmp_path)
   path.unlink()
   with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+    checkpoint.read_folder(tmp_path)
+
+
+def test_narrow_types_without_ml_dtypes(tmp_path, monkeypatch):
+  save_file({"x": torch.zeros(2, dtype=torch.bfloat16), "y": torch.zeros(2)}, tmp_path / "model.safetensors")
+  monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+  with pytest.raises(ImportError, match=r"tensor 'x' has type 'BF16', .*run pip install ml_dtypes"):
     checkpoint.read_folder(tmp_path)

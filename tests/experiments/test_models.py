@@ -18,7 +18,7 @@ from experiments.models.configs import Rope
 from experiments.models.flax_llama import tied_gradients
 from tests.experiments import tiny
 
-# Random tiny models have logits of about 3 and sums of at most 40 terms; the largest difference seen is 2e-6.
+# Random tiny models have logits of about 4 and sums of at most 40 terms; the largest difference seen is 4e-6.
 TINY = 1e-5
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 VARIANTS = {
