@@ -15,6 +15,8 @@ from tests.jax_backend import nets
 
 WHOLE = [name for name in sorted(jb.choices) if name not in KV_PRESETS]
 
+_ran: set = set()
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(qmodule, qvariables, x):
@@ -55,10 +57,14 @@ def test_preset_runs(which, name, request):
       without_layers = ("MLP", "EXPERTS") if which == "cnn" else ("EXPERTS",)
       assert any(kind in name for kind in without_layers) and "quantizes nothing" in str(error)
       return
+    structure = jax.tree.structure(qvariables)
+    if (which, structure) in _ran:  # the same formats as a preset before it, once its algorithm is replaced by max
+      return
+    _ran.add((which, structure))
     _, silent = jb.quantize(module, jax.tree.map(jnp.zeros_like, variables), jb.preset(name), lambda model: model(zeros))
   assert any(q.is_enabled for q in jb.quantizers(qvariables).values())
   y = run(qmodule, qvariables, x)
   assert bool(jnp.isfinite(y).all()) and float(jnp.abs(y).max()) > 0
   assert bool(jnp.isfinite(run(qmodule, qvariables, zeros)).all())
-  if jax.tree.structure(silent) == jax.tree.structure(qvariables):
+  if jax.tree.structure(silent) == structure:
     assert bool(jnp.isfinite(run(qmodule, silent, x)).all())
