@@ -6,6 +6,7 @@ A busy machine slows whatever runs at that moment; interleaved, it cannot slow o
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,6 +31,8 @@ class Timing:
     self.wall, self.cpu, self.rounds = min(self.wall, wall), min(self.cpu, cpu), self.rounds + 1
 
 
+SLOW = 20.0
+
 Measure = Callable[[Callable[[], Any]], tuple[float, float]]
 
 
@@ -45,7 +48,8 @@ def once(function: Callable[[], Any]) -> tuple[float, float]:
 def interleave(
   candidates: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = float("inf"), measure: Measure = once
 ) -> dict[str, Timing]:
-  """Time all candidates, round by round.
+  """Time all candidates, round by round, in another order each time: what one leaves behind (spinning threads, a full cache) does not
+  always meet the same next one. Candidates that take far longer than the quickest run in every third round only.
 
   Args:
     candidates: functions without arguments, warm (compiled) already.
@@ -56,11 +60,14 @@ def interleave(
   Returns:
     Least times per candidate.
   """
-  timings = {name: Timing() for name in candidates}
-  end = time.perf_counter() + seconds
+  timings, order = {name: Timing() for name in candidates}, random.Random(0)
+  names, end = list(candidates), time.perf_counter() + seconds
   for done in range(rounds):
     if done and time.perf_counter() > end:
       break
-    for name, function in candidates.items():
-      timings[name].add(*measure(function))
+    order.shuffle(names)
+    quickest = min(t.wall for t in timings.values())
+    for name in names:
+      if done % 3 == 0 or timings[name].wall < SLOW * quickest:
+        timings[name].add(*measure(candidates[name]))
   return timings
