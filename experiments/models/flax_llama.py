@@ -64,10 +64,12 @@ class Attention(nn.Module):
     q = _dense(c.num_attention_heads * c.head_dim, "q_proj", self.dtype, c.attention_bias)(x)
     k = _dense(groups * c.head_dim, "k_proj", self.dtype, c.attention_bias)(x)
     v = _dense(groups * c.head_dim, "v_proj", self.dtype, c.attention_bias)(x)
-    q = rotate(q.reshape(batch, tokens, -1, c.head_dim), cos, sin).reshape(batch, tokens, groups, shared, c.head_dim)
+    # The scale goes onto the queries: there are fewer of them than scores, and for head sizes 64 and 256 it is a power of two.
+    q = rotate(q.reshape(batch, tokens, -1, c.head_dim), cos, sin) * c.head_dim**-0.5
+    q = q.reshape(batch, tokens, groups, shared, c.head_dim)
     k = rotate(k.reshape(batch, tokens, groups, c.head_dim), cos, sin)
     v = v.reshape(batch, tokens, groups, c.head_dim)
-    scores = jnp.einsum("btgrd,bsgd->bgrts", q, k, precision=_HIGHEST) * c.head_dim**-0.5
+    scores = jnp.einsum("btgrd,bsgd->bgrts", q, k, precision=_HIGHEST)
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(at_least_float32(scores), axis=-1).astype(self.dtype)
     y = jnp.einsum("bgrts,bsgd->btgrd", weights, v, precision=_HIGHEST)

@@ -56,10 +56,12 @@ class Attention(nn.Module):
     batch, tokens, _ = x.shape
     groups, shared = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
     q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-    q = rotate(q.reshape(batch, tokens, -1, c.head_dim), cos, sin).reshape(batch, tokens, groups, shared, c.head_dim)
+    # The scale goes onto the queries: there are fewer of them than scores, and for head sizes 64 and 256 it is a power of two.
+    q = rotate(q.reshape(batch, tokens, -1, c.head_dim), cos, sin) * c.head_dim**-0.5
+    q = q.reshape(batch, tokens, groups, shared, c.head_dim)
     k = rotate(k.reshape(batch, tokens, groups, c.head_dim), cos, sin)
     v = v.reshape(batch, tokens, groups, c.head_dim)
-    scores = torch.einsum("btgrd,bsgd->bgrts", q, k) * c.head_dim**-0.5
+    scores = torch.einsum("btgrd,bsgd->bgrts", q, k)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(at_least_float32(scores), dim=-1).to(x.dtype)
     y = torch.einsum("bgrts,bsgd->btgrd", weights, v)
