@@ -33,7 +33,7 @@ def of_constant(value: float) -> int:
 def divide(a: Array, b: Array) -> Array:
   """a / b, correctly rounded, the same in every framework and on every device.
 
-  numpy and torch on a CPU divide correctly. XLA multiplies by reciprocals and GPU compilers approximate; there a float guess of the
+  A namespace that divides correctly does so (numpy, torch and XLA on a CPU). GPU compilers approximate; there a float guess of the
   quotient's significand, good to two units, is corrected by its exact integer remainder. The remainder is computed in wrapping int32; it
   is below 2^27 in magnitude, so the wrapped value is the true one. A tie cannot occur: the quotient of two 24-bit integers never lies
   midway between two 24-bit ones.
@@ -46,7 +46,8 @@ def divide(a: Array, b: Array) -> Array:
     [...] float32.
   """
   xp = namespace(a)
-  return a / b if xp.exact_division(a) else _divide(xp, a, b)
+  quotient = xp.exact_quotient(a, b)
+  return _divide(xp, a, b) if quotient is None else quotient
 
 
 def _divide(xp, a: Array, b: Array) -> Array:

@@ -111,8 +111,16 @@ class JaxNamespace:
     """A context without floating point warnings."""
     return contextlib.nullcontext()
 
-  def exact_division(self, x: Array) -> bool:
-    return False
+  def exact_quotient(self, a: Array, b: Array) -> Array | None:
+    """a / b where XLA divides correctly: on a CPU, by a divisor of full shape that it cannot see to be a broadcast or a constant.
+
+    Of those it takes the reciprocal. A computation that is lowered for another platform than the default one must not use this.
+    """
+    if self.jax.default_backend() != "cpu":
+      return None
+    shape = self.jnp.broadcast_shapes(a.shape, b.shape)
+    a, b = self.jax.lax.optimization_barrier((self.jnp.broadcast_to(a, shape), self.jnp.broadcast_to(b, shape)))
+    return a / b
 
   def slow_bit_views(self, x: Array) -> bool:
     return False

@@ -112,9 +112,9 @@ class NumpyNamespace:
     """A context without floating point warnings."""
     return np.errstate(over="ignore", under="ignore", invalid="ignore")
 
-  def exact_division(self, x: Array) -> bool:
-    """Whether the framework's own division of two arrays is correctly rounded."""
-    return True
+  def exact_quotient(self, a: Array, b: Array) -> Array | None:
+    """a / b where the framework's own division is correctly rounded, else None."""
+    return a / b
 
   def slow_bit_views(self, x: Array) -> bool:
     return False

@@ -113,8 +113,9 @@ class TorchNamespace:
   def quiet(self) -> Any:
     return contextlib.nullcontext()
 
-  def exact_division(self, x: Array) -> bool:
-    return x.device.type == "cpu"
+  def exact_quotient(self, a: Array, b: Array) -> Array | None:
+    """a / b where the framework's own division is correctly rounded, else None."""
+    return a / b if a.device.type == "cpu" else None
 
   def slow_bit_views(self, x: Array) -> bool:
     """Whether viewing float bits as int32 costs more than arithmetic: inductor's C++ copies them element by element."""
