@@ -1,4 +1,4 @@
-"""The demonstration: one checkpoint and one configuration, quantized in PyTorch and in JAX, in one table; then the proof that they are equal.
+"""The demonstration: one checkpoint, quantized alike in PyTorch and in JAX, in one table; then the proof that the two are equal.
 
   python -m experiments.demo --out=results/demo
 
