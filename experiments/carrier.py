@@ -120,7 +120,7 @@ class _Recorder:
       self._checker(name, quantizer, x, y)
 
   def on_layer(self, name: str, output: Any) -> None:
-    self.layers.setdefault(name, []).append(np.array(output))
+    self.layers.setdefault(name, []).append(np.asarray(output).copy())
 
 
 def encode_checked(adapter: Any, leaves: tuple[Leaf, ...], quantizer: Any, x: Any, y: Any) -> tuple[Codes, int]:

@@ -88,10 +88,14 @@ class Quantized(Model):
   def fold(self) -> None:
     self.variables = jax_backend.fold_weight(self.module, self.variables)
 
+  def map_quantizers(self, fn: Callable[[str, Any], Any]) -> None:
+    """Put `fn(name, quantizer)` in the place of each quantizer."""
+    entries = {(path, name): fn(tree.full_name(path, name), q) for path, name, q in tree.items(self.variables["quant"])}
+    self.variables = {**self.variables, "quant": tree.build(entries)}
+
   def adopt(self, leaves: Mapping[str, Sequence[Leaf]]) -> None:
     """Take over the calibrated state of another backend's quantizers, by name."""
-    quant = tree.map_named(lambda name, q: with_amax(q, leaves[name]) if name in leaves else q, self.variables["quant"])
-    self.variables = {**self.variables, "quant": quant}
+    self.map_quantizers(lambda name, q: with_amax(q, leaves[name]) if name in leaves else q)
 
   def run(self, ids: np.ndarray, on_quantizer: Callable[..., None], on_layer: Callable[[str, Any], None]) -> np.ndarray:
     """Run one batch, operation by operation; arguments as in `on_torch.Quantized.run`."""
