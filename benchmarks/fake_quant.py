@@ -30,8 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
   arguments = sys.argv[1:] if arguments is None else arguments
   options = _parser().parse_args(arguments)
   environment.restart(MODULE, arguments, options.fresh_memory)
+  cores = environment.use_cores(options.cores)
+  environment.torch_threads(cores)
   importlib.import_module("torch._dynamo").config.recompile_limit = 10_000
-  threads = environment.torch_threads()
   wanted = options.runtimes.split(",")
   unknown = [name for name in wanted if name not in runtimes.RUNTIMES]
   if unknown:
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
   rows: list[dict[str, Any]] = []
   for dtype in options.dtype.split(","):
     rows += measure(options, dtype, wanted, select(options.formats))
-  facts = manifest.manifest(f"python -m {MODULE} {' '.join(arguments)}".strip(), memory=environment.memory(), threads=threads)
+  facts = manifest.manifest(f"python -m {MODULE} {' '.join(arguments)}".strip(), memory=environment.memory(), cores_used=cores)
   console = Console(width=170)
   for dtype in options.dtype.split(","):
     show(console, [row for row in rows if row["dtype"] == dtype], f"{dtype}, {options.rows} x {options.cols}")
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--formats", default="all", help=f"all, targets, or some of {', '.join(c.key for c in CASES)}")
   parser.add_argument("--runtimes", default=",".join(runtimes.RUNTIMES))
   parser.add_argument("--no-peers", action="store_true", help="leave out ModelOpt, torchao, qwix and torch's own")
+  parser.add_argument("--cores", type=int, default=0, help="use so many cores; 0 is all. On a busy machine 1 is steadier")
   parser.add_argument("--fresh-memory", action="store_true", help="do not tell glibc to reuse freed memory")
   parser.add_argument("--out", help="folder for fake_quant.csv and fake_quant.json")
   return parser
@@ -184,7 +186,7 @@ def about(facts: dict[str, Any]) -> str:
   machine, versions = facts["machine"], facts["versions"]
   libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
   return (
-    f"{facts['command']}\n{facts['time']}, commit {facts['commit']}, {machine['cores']} cores, {facts['threads']} torch threads, "
+    f"{facts['command']}\n{facts['time']}, commit {facts['commit']}, {facts['cores_used']} of {machine['cores']} cores used, "
     f"load {machine['load']}, freed memory {facts['memory']}\n{libraries}"
   )
 
