@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.quantities import Codes, Leaf, differing
 
 Leaves = Mapping[str, tuple[Leaf, ...]]
-Observer = Callable[[str, Any, Any, Any], None]
+Observer = Callable[[str, Any, Any, Codes], None]
 
 
 @contextlib.contextmanager
@@ -89,13 +89,13 @@ class Comparison:
     layers: distances of layer outputs by layer name.
     logits: distance of the logits.
     untold: activation quantizers that only one of the two models ran.
-    replayed: codes of the first model that do not decode to what its quantizer returned; 0, or the codes are not those in use.
+    replayed: codes of either that do not decode to what its quantizer returned; 0, or the codes are not those in use.
   """
 
   quantizers: dict[str, Count] = dataclasses.field(default_factory=dict)
   layers: dict[str, Distance] = dataclasses.field(default_factory=dict)
   logits: Distance = dataclasses.field(default_factory=Distance)
-  untold: list[str] = dataclasses.field(default_factory=list)
+  untold: set[str] = dataclasses.field(default_factory=set)
   replayed: int = 0
 
   @property
@@ -103,83 +103,95 @@ class Comparison:
     return Count(*(sum(getattr(c, f.name) for c in self.quantizers.values()) for f in dataclasses.fields(Count)))
 
 
+class Run(NamedTuple):
+  """A quantized model that runs on its own.
+
+  Attributes:
+    model: `on_torch.Quantized`, `on_jax.Quantized`, or one that acts like it.
+    adapter: the module `on_torch` or `on_jax` that belongs to it.
+    leaves: the calibrated state that it quantizes with.
+  """
+
+  model: Any
+  adapter: Any
+  leaves: Leaves
+
+  def encode(self, name: str, quantizer: Any, x: Any, y: Any) -> tuple[Codes, int]:
+    """Codes of x, and how many do not decode to y, the value that the model went on with (not counted with a bias or rotation)."""
+    leaves = self.leaves[name]
+    codes = self.adapter.encode(self.adapter.prepare(quantizer, x), leaves)
+    config = leaves[-1].config
+    if config.bias is not None or config.rotate is not None:
+      return codes, 0
+    return codes, differing(np.asarray(self.adapter.decode(codes, leaves[-1].spec, y)), np.asarray(y))
+
+
 class _Recorder:
   """Codes and layer outputs of one window; codes take a byte each."""
 
-  def __init__(self, adapter: Any, leaves: Leaves, checker: Observer | None) -> None:
+  def __init__(self, run: Run, checker: Observer | None) -> None:
     self.codes: dict[str, list[Codes]] = {}
     self.layers: dict[str, list[np.ndarray]] = {}
     self.replayed = 0
-    self._adapter, self._leaves, self._checker = adapter, leaves, checker
+    self._run, self._checker = run, checker
 
   def on_quantizer(self, name: str, quantizer: Any, x: Any, y: Any) -> None:
-    found = encode_checked(self._adapter, self._leaves[name], quantizer, x, y)
-    self.replayed += found[1]
-    self.codes.setdefault(name, []).append(found[0])
+    codes, replayed = self._run.encode(name, quantizer, x, y)
+    self.replayed += replayed
+    self.codes.setdefault(name, []).append(codes)
     if self._checker is not None:
-      self._checker(name, quantizer, x, y)
+      self._checker(name, x, y, codes)
 
   def on_layer(self, name: str, output: Any) -> None:
     self.layers.setdefault(name, []).append(np.asarray(output).copy())
 
 
-def encode_checked(adapter: Any, leaves: tuple[Leaf, ...], quantizer: Any, x: Any, y: Any) -> tuple[Codes, int]:
-  """Codes of x, and how many of them do not decode to y, the value that the model went on with (not counted with a bias or rotation)."""
-  codes = adapter.encode(adapter.prepare(quantizer, x), leaves)
-  config = leaves[-1].config
-  if config.bias is not None or config.rotate is not None:
-    return codes, 0
-  return codes, differing(np.asarray(adapter.decode(codes, leaves[-1].spec, y)), np.asarray(y))
-
-
-def compare(
-  first: Any,
-  second: Any,
-  adapters: tuple[Any, Any],
-  windows: list[np.ndarray],
-  leaves: tuple[Leaves, Leaves],
-  checker: Observer | None = None,
-) -> Comparison:
-  """Run two quantized models on their own and compare codes, layer outputs and logits, window by window.
-
-  Args:
-    first: quantized model.
-    second: quantized model.
-    adapters: the modules `on_torch` or `on_jax` that belong to them.
-    windows: batches of token ids.
-    leaves: the calibrated state that each of them quantizes with.
-    checker: also called with (name, quantizer, x, y) of every activation quantizer of the first.
-  """
-  result = Comparison()
-  for ids in windows:
-    record = _Recorder(adapters[0], leaves[0], checker)
-    logits = first.run(ids, record.on_quantizer, record.on_layer)
-    result.replayed += record.replayed
-    against = _Comparer(record, adapters[1], leaves[1], result)
-    result.logits.add(logits, second.run(ids, against.on_quantizer, against.on_layer))
-    result.replayed += against.replayed
-    result.untold += [name for name, left in record.codes.items() if left]
-  result.untold = sorted(set(result.untold))
-  return result
-
-
 class _Comparer:
-  """Takes codes and layer outputs as the second model produces them, and drops the first one's."""
+  """Compares codes and layer outputs with the recorded ones as another model produces them; nothing is kept."""
 
-  def __init__(self, record: _Recorder, adapter: Any, leaves: Leaves, result: Comparison) -> None:
-    self.replayed = 0
-    self._record, self._adapter, self._leaves, self._result = record, adapter, leaves, result
+  def __init__(self, record: _Recorder, run: Run, result: Comparison) -> None:
+    self._run, self._result = run, result
+    self._codes = {name: iter(found) for name, found in record.codes.items()}
+    self._layers = {name: iter(found) for name, found in record.layers.items()}
 
   def on_quantizer(self, name: str, quantizer: Any, x: Any, y: Any) -> None:
-    found, replayed = encode_checked(self._adapter, self._leaves[name], quantizer, x, y)
-    self.replayed += replayed
-    waiting = self._record.codes.get(name)
-    if not waiting:
-      self._result.untold.append(name)
-      return
-    self._result.quantizers.setdefault(name, Count()).add(waiting.pop(0), found)
+    codes, replayed = self._run.encode(name, quantizer, x, y)
+    self._result.replayed += replayed
+    recorded = next(self._codes.get(name, iter(())), None)
+    if recorded is None:
+      self._result.untold.add(name)
+    else:
+      self._result.quantizers.setdefault(name, Count()).add(recorded, codes)
 
   def on_layer(self, name: str, output: Any) -> None:
-    waiting = self._record.layers.get(name)
-    if waiting:
-      self._result.layers.setdefault(name, Distance()).add(waiting.pop(0), np.asarray(output))
+    recorded = next(self._layers.get(name, iter(())), None)
+    if recorded is not None:
+      self._result.layers.setdefault(name, Distance()).add(recorded, np.asarray(output))
+
+  def finish(self) -> None:
+    """Note what the other model did not run."""
+    self._result.untold |= {name for name, left in self._codes.items() if next(left, None) is not None}
+
+
+def compare(first: Run, others: Sequence[Run], windows: list[np.ndarray], checker: Observer | None = None) -> list[Comparison]:
+  """Run quantized models on their own and compare codes, layer outputs and logits with those of the first, window by window.
+
+  Args:
+    first: the model that the others are compared with.
+    others: models with the same quantizers.
+    windows: batches of token ids.
+    checker: also called with (name, x, y, codes) of every activation quantizer of the first.
+
+  Returns:
+    One comparison per model of `others`.
+  """
+  results = [Comparison() for _ in others]
+  for ids in windows:
+    record = _Recorder(first, checker)
+    logits = first.model.run(ids, record.on_quantizer, record.on_layer)
+    for other, result in zip(others, results, strict=True):
+      result.replayed += record.replayed
+      comparer = _Comparer(record, other, result)
+      result.logits.add(logits, other.model.run(ids, comparer.on_quantizer, comparer.on_layer))
+      comparer.finish()
+  return results

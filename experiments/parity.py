@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import carrier, floor, on_jax, on_torch, setup
 from experiments.carrier import Comparison, Count, Leaves, precision
-from experiments.quantities import Leaf, Weight, differing
+from experiments.quantities import Codes, Leaf, Weight, differing
 
 __all__ = ["Settings", "compare_config", "precision"]
 
@@ -74,8 +74,10 @@ def compare_models(name: str, first: Any, second: Any, windows: list[np.ndarray]
     leaves = (leaves[0], second.leaves())
   first.fold()
   second.fold()
-  checker = SameInput(leaves, second.quantizers(), rows) if settings.carrier == "float32" else None
-  own = carrier.compare(first, second, (on_torch, on_jax), windows, leaves, checker)
+  checker = SameInput(leaves, first.quantizers(), second.quantizers(), rows) if settings.carrier == "float32" else None
+  torch_run = carrier.Run(first, on_torch, leaves[0])
+  permuted = [torch_run._replace(model=floor.Permuted(first, settings.seed + order)) for order in range(settings.floor_orders)]
+  own, *floors = carrier.compare(torch_run, [carrier.Run(second, on_jax, leaves[1]), *permuted], windows, checker)
   if settings.carrier == "float64":
     for quantizer, count in own.quantizers.items():
       rows[quantizer] |= count_fields(count)
@@ -86,7 +88,7 @@ def compare_models(name: str, first: Any, second: Any, windows: list[np.ndarray]
     "quantizers": len(common),
     **totals(rows),
     **own_run_figures(own),
-    **floor_figures(first, windows, leaves[0], settings),
+    **floor_figures(floors),
     "seconds": time.perf_counter() - start,
     "rows": list(rows.values()),
     "layers": [{"name": n, "max_abs_diff": d.largest, "rms_diff": d.rms, "relative_rms_diff": d.relative} for n, d in own.layers.items()],
@@ -187,24 +189,28 @@ def share_amax(second: Any, leaves: tuple[Leaves, Leaves], activations: set[str]
 class SameInput:
   """Hands the torch input of each quantizer to both backends."""
 
-  def __init__(self, leaves: tuple[Leaves, Leaves], others: Mapping[str, Any], rows: dict[str, dict[str, Any]]) -> None:
-    self._leaves, self._others, self._rows = leaves, others, rows
+  def __init__(
+    self, leaves: tuple[Leaves, Leaves], ones: Mapping[str, Any], others: Mapping[str, Any], rows: dict[str, dict[str, Any]]
+  ) -> None:
+    self._leaves, self._ones, self._others, self._rows = leaves, ones, others, rows
 
-  def __call__(self, name: str, quantizer: Any, x: Any, y: Any) -> None:
+  def __call__(self, name: str, x: Any, y: Any, codes: Codes) -> None:
     if name not in self._rows:
       return
     row, own = self._rows[name], self._leaves[0][name]
     # JAX's own specification with torch's amax: in float32 the two calibrations differ in the last bits of the activations they saw.
     leaves = tuple(leaf._replace(config=other.config) for leaf, other in zip(own, self._leaves[1][name], strict=True))
     other = on_jax.with_amax(self._others[name], leaves)
-    given = on_torch.numpy_of(x)
+    given = on_jax.array(on_torch.numpy_of(x))
     count = Count()
-    count.add(on_torch.encode(on_torch.prepare(quantizer, x), own), on_jax.encode(on_jax.prepare(other, on_jax.array(given)), leaves))
+    count.add(codes, on_jax.encode(on_jax.prepare(other, given), leaves))
     for key, value in count_fields(count).items():
       row[key] += value
-    row["values_differing"] += differing(on_torch.numpy_of(y), np.asarray(other(on_jax.array(given))))
-    for leaf, same in zip(own, leaves, strict=True):
-      row["same_input_amax_differing"] += differing(on_torch.amax_of(x, leaf.spec), on_jax.amax_of(given, same.spec))
+    row["values_differing"] += differing(on_torch.numpy_of(y), np.asarray(other(given)))
+    # The first of a sequence is calibrated on the input itself.
+    prepared = on_torch.prepare(self._ones[name], x), on_jax.prepare(other, given)
+    found = on_torch.amax_of(prepared[0], own[0].spec), on_jax.amax_of(prepared[1], leaves[0].spec)
+    row["same_input_amax_differing"] += differing(*found)
 
 
 def judge(rows: Mapping[str, dict[str, Any]], own: Comparison, kind: str) -> list[str]:
@@ -227,7 +233,7 @@ def judge(rows: Mapping[str, dict[str, Any]], own: Comparison, kind: str) -> lis
   if own.replayed:
     failures.append(f"{own.replayed} activation codes do not decode to what the quantizers returned")
   if own.untold:
-    failures.append(f"activation quantizers that only one model ran: {shorten(own.untold)}")
+    failures.append(f"activation quantizers that only one model ran: {shorten(sorted(own.untold))}")
   return failures + (judge_float64(own) if kind == "float64" else [])
 
 
@@ -272,12 +278,8 @@ def own_run_figures(own: Comparison) -> dict[str, Any]:
   }
 
 
-def floor_figures(model: Any, windows: list[np.ndarray], leaves: Leaves, settings: Settings) -> dict[str, Any]:
+def floor_figures(found: Sequence[Comparison]) -> dict[str, Any]:
   """The same figures for torch against itself, the largest over the orders of summation; None without one."""
-  found = [
-    carrier.compare(model, floor.Permuted(model, settings.seed + order), (on_torch, on_torch), windows, (leaves, leaves))
-    for order in range(settings.floor_orders)
-  ]
   return {
     "floor_codes_differing": max((c.total.differing for c in found), default=None),
     "floor_logits_max_abs_diff": max((c.logits.largest for c in found), default=None),
