@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import core
+from core import model_table
 from jax_backend import groups, tree, weights
 from jax_backend.edit import quantizers
 from jax_backend.quantizer import FOLDED, Quantizer, SequentialQuantizer
-
-COLUMNS = ("name", "format", "state", "amax", "group", "cost_db")
 
 
 def print_quant_summary(qvariables: Mapping[str, Any], output_dir: str | pathlib.Path | None = None) -> list[dict[str, Any]]:
@@ -32,21 +30,7 @@ def print_quant_summary(qvariables: Mapping[str, Any], output_dir: str | pathlib
     One dict per Quantizer: name, format, enabled, state, amax_min, amax_max, amax_shape, group, cost_db.
   """
   rows = summary(qvariables)
-  sharing = [row["cost_db"] for row in rows if row["cost_db"] is not None]
-  last = f"{len(rows)} quantizers, {sum(row['enabled'] for row in rows)} enabled"
-  if sharing:
-    last += (
-      f"; {len(sharing)} weights share a tensor scale with siblings, which costs them {sum(sharing) / len(sharing):.3f} dB SQNR on average"
-    )
-  text = "\n".join([*_lines(rows), last])
-  if output_dir is not None:
-    folder = pathlib.Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "quant_summary.txt").write_text(text + "\n", encoding="utf-8")
-  if sys.stdout.isatty():
-    _print_table(rows, last)
-  else:
-    print(text)
+  model_table.show(rows, output_dir)
   return rows
 
 
@@ -105,31 +89,3 @@ def _costs(qvariables: Mapping[str, Any]) -> dict[str, float]:
       key = f"{full}.0" if isinstance(quantizer, SequentialQuantizer) else full
       costs[key] = float(core.sqnr_db(before, own)) - float(core.sqnr_db(before, shared))
   return costs
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-  amax = ""
-  if row["amax_max"] is not None:
-    one = row["amax_min"] == row["amax_max"]
-    amax = f"{row['amax_max']:.4g}" if one else f"[{row['amax_min']:.4g}, {row['amax_max']:.4g}]"
-    amax += f" {row['amax_shape']}" if row["amax_shape"] else ""
-  return [row["name"], row["format"], row["state"], amax, row["group"] or "", "" if row["cost_db"] is None else f"{row['cost_db']:.3f}"]
-
-
-def _lines(rows: list[dict[str, Any]]) -> list[str]:
-  table = [list(COLUMNS), *(_cells(row) for row in rows)]
-  widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
-  return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
-
-
-def _print_table(rows: list[dict[str, Any]], last: str) -> None:
-  from rich.console import Console
-  from rich.table import Table
-  from rich.text import Text
-
-  table = Table(*COLUMNS)
-  for row in rows:
-    table.add_row(*(Text(cell) for cell in _cells(row)), style=None if row["enabled"] else "dim")
-  console = Console()
-  console.print(table)
-  console.print(Text(last))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import core
-from core import blocks
+from core import blocks, model_table
 from core.config.options import BiasSpec
 from core.config.schema import QuantizerConfig
 from core.spec import QuantSpec
@@ -199,11 +199,4 @@ def describe_amax(amax: Tensor | None) -> str:
     return "amax from each input"
   if amax.is_meta:
     return f"amax on meta {tuple(amax.shape)}"
-  return f"amax={describe_range(float(amax.min()), float(amax.max()), tuple(amax.shape))}"
-
-
-def describe_range(low: float, high: float, shape: tuple[int, ...]) -> str:
-  """ "3.1" for one value, "[0.02, 0.4] (384, 1)" for several."""
-  if not shape or max(shape) == 1:
-    return f"{high:.4g}"
-  return f"[{low:.4g}, {high:.4g}] {shape}"
+  return f"amax={model_table.describe_range(float(amax.min()), float(amax.max()), tuple(amax.shape))}"
