@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -70,22 +71,26 @@ def _show_rich(lines: Sequence[Sequence[str]], title: str, notes: Sequence[str])
 
 
 class Progress:
-  """Steps of a run, as a bar on standard error; silent where that is no terminal."""
+  """Steps of a run on standard error: a bar on a terminal, a line a step elsewhere."""
 
-  def __init__(self, bar: Any = None, task: Any = None) -> None:
-    self._bar, self._task = bar, task
+  def __init__(self, total: int, bar: Any = None, task: Any = None) -> None:
+    self._total, self._bar, self._task = total, bar, task
+    self._step, self._start = 0, time.perf_counter()
 
   def step(self, text: str) -> None:
     """Say what comes next and count one step."""
+    self._step += 1
     if self._bar is not None:
       self._bar.update(self._task, advance=1, description=text)
+    else:
+      print(f"[{self._step}/{self._total}] {time.perf_counter() - self._start:4.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress(total: int, text: str) -> Iterator[Progress]:
-  """A bar of that many steps."""
+  """A bar of that many steps, or lines where standard error is no terminal."""
   if not sys.stderr.isatty():
-    yield Progress()
+    yield Progress(total)
     return
   from rich.console import Console
   from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -94,4 +99,4 @@ def progress(total: int, text: str) -> Iterator[Progress]:
   parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
   with Bar(*parts, console=Console(stderr=True), transient=True) as bar:
     # One step ahead of its work: the first `step` names the first piece of work, which is not done yet.
-    yield Progress(bar, bar.add_task(text, total=total, completed=-1))
+    yield Progress(total, bar, bar.add_task(text, total=total, completed=-1))
