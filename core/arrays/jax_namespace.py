@@ -65,14 +65,26 @@ class JaxNamespace:
     return None
 
   def max(self, x: Array, axes: tuple[int, ...]) -> Array:
-    """In stages of at most 32 along the last axis: XLA's CPU backend rewrites longer reductions into windows that do not fuse."""
-    last = x.ndim - 1
-    while last in axes and x.shape[last] > 32 and (chunk := _largest_divisor(x.shape[last], 32)) > 1:
-      x = self.jnp.max(x.reshape((*x.shape[:last], x.shape[last] // chunk, chunk)), axis=last + 1)
-    return self.jnp.max(x, axis=axes, keepdims=True)
+    return self.jnp.max(self._halved(x, axes, self.jnp.maximum), axis=axes, keepdims=True)
 
   def min(self, x: Array, axes: tuple[int, ...]) -> Array:
-    return self.jnp.min(x, axis=axes, keepdims=True)
+    return self.jnp.min(self._halved(x, axes, self.jnp.minimum), axis=axes, keepdims=True)
+
+  def _halved(self, x: Array, axes: tuple[int, ...], best: Any) -> Array:
+    """x with its last axis folded onto itself up to seven times, where that axis is reduced by `best`.
+
+    XLA's CPU backend reduces integers along a row one by one; the same maximum of two halves is vector code, four times as fast. Halves
+    of an odd length overlap.
+    """
+    if self.jax.default_backend() != "cpu" or x.ndim - 1 not in axes:
+      return x
+    for _ in range(7):
+      n = x.shape[-1]
+      if n <= 32:
+        break
+      half = -(-n // 2)
+      x = best(x[..., :half], x[..., n - half :])
+    return x
 
   def constant(self, values: Any, like: Array, dtype: str = "float32") -> Array:
     return self.jnp.asarray(values, dtype=dtype)
@@ -127,7 +139,3 @@ class JaxNamespace:
 
   def is_float(self, x: Array) -> bool:
     return bool(self.jnp.issubdtype(x.dtype, self.jnp.floating))
-
-
-def _largest_divisor(n: int, limit: int) -> int:
-  return next(d for d in range(limit, 0, -1) if n % d == 0)
