@@ -16,6 +16,8 @@ import statistics
 
 import numpy as np
 
+from core import gaussian
+
 DB_PER_BIT = 20 * math.log10(2)
 DISTRIBUTIONS = ("gaussian", "laplace", "student")
 
@@ -63,7 +65,7 @@ class OptimalScale:
 def rate_distortion_db(rate: float) -> float:
   """Highest SQNR of a Gaussian source at `rate` bits per element, in dB: 20 log10(2) * rate. No quantizer of any kind does better.
 
-  References: Shannon, 1959; Cover and Thomas, Elements of Information Theory, 2nd ed., theorem 10.3.2.
+  References: Shannon, 1959; Cover and Thomas, Elements of Information Theory, chapter on rate distortion.
   """
   return DB_PER_BIT * rate
 
@@ -82,7 +84,7 @@ def shannon_bound_db(rate: float, distribution: str = "gaussian", dof: int = 5) 
   Raises:
     ValueError: unknown distribution, or one without a variance.
 
-  References: Shannon, 1959; Berger, Rate Distortion Theory, 1971, 4.3.
+  References: Shannon, 1959; Berger, Rate Distortion Theory, 1971.
   """
   gain = math.log(2 * math.pi * math.e) - 2 * differential_entropy(distribution, dof)
   return DB_PER_BIT * rate + 10 * math.log10(math.e) * gain
@@ -143,7 +145,7 @@ def entropy_coded_uniform(step: float) -> tuple[float, float]:
     raise ValueError(f"step is {step}; a positive cell width is needed")
   # The source beyond 9 standard deviations holds 2e-19 of the probability and 2e-17 of the variance.
   edges = step * (np.arange(math.ceil(9 / step) + 1) + 0.5)
-  mass, first, _ = _moments(edges, np.append(edges[1:], np.inf))
+  mass, first, _ = gaussian.moments(edges, np.append(edges[1:], np.inf))
   centre = 1 - 2 * float(np.sum(mass))
   cells = np.append(np.repeat(mass[mass > 0], 2), centre)
   entropy = -float(np.sum(cells * np.log2(cells)))
@@ -189,7 +191,7 @@ def lloyd_max(bits: int) -> ScalarQuantizer:
   wide = statistics.NormalDist(0, math.sqrt(3))
   levels = np.array([wide.inv_cdf((half + i + 0.5) / (2 * half)) for i in range(half)])
   for _ in range(100):
-    means, slopes = _cell_means(levels)
+    means, slopes = gaussian.cell_means(levels)
     newton = levels - np.linalg.solve(np.eye(half) - slopes, levels - means)
     ordered = newton[0] > 0 and bool(np.all(np.diff(newton) > 0))
     moved = newton if ordered else means
@@ -198,24 +200,7 @@ def lloyd_max(bits: int) -> ScalarQuantizer:
     if done:
       break
   both = np.concatenate([-levels[::-1], levels])
-  return ScalarQuantizer(tuple(float(v) for v in both), gaussian_mse(both))
-
-
-def gaussian_mse(levels: np.ndarray) -> float:
-  """E (x - nearest level)^2 for x from N(0,1), exactly.
-
-  Args:
-    levels: [L] ascending; values beyond the ends saturate.
-
-  Raises:
-    ValueError: no levels, or not ascending.
-  """
-  levels = np.asarray(levels, np.float64)
-  if levels.ndim != 1 or levels.size == 0 or not np.all(np.diff(levels) > 0):
-    raise ValueError(f"levels of shape {list(levels.shape)} are not a strictly ascending list; sort them and drop doubles")
-  edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
-  mass, first, second = _moments(edges[:-1], edges[1:])
-  return float(np.sum(second - 2 * levels * first + levels**2 * mass))
+  return ScalarQuantizer(tuple(float(v) for v in both), gaussian.mse(both))
 
 
 def optimal_scale(grid: np.ndarray) -> OptimalScale:
@@ -228,20 +213,20 @@ def optimal_scale(grid: np.ndarray) -> OptimalScale:
     ValueError: not ascending, or nothing but zero.
   """
   grid = np.asarray(grid, np.float64)
-  gaussian_mse(grid)
+  gaussian.mse(grid)
   bound = float(np.max(np.abs(grid)))
   if bound == 0:
     raise ValueError("the grid holds nothing but zero; at least one other level is needed")
 
   def error(log_clip: float) -> float:
-    return gaussian_mse(grid * (math.exp(log_clip) / bound))
+    return gaussian.mse(grid * (math.exp(log_clip) / bound))
 
   # Clips of 0.25 to 64 standard deviations; wide float grids want the far end. A float grid's error wobbles with the clip, so: the best of
   # a scan, then golden section around it.
   scan = np.linspace(math.log(0.25), math.log(64), 90)
   best = int(np.argmin([error(c) for c in scan]))
   clip = math.exp(_golden_section(error, float(scan[max(best - 1, 0)]), float(scan[min(best + 1, 89)])))
-  return OptimalScale(clip / bound, clip, gaussian_mse(grid * (clip / bound)))
+  return OptimalScale(clip / bound, clip, gaussian.mse(grid * (clip / bound)))
 
 
 @functools.cache
@@ -260,45 +245,6 @@ def optimal_uniform(bits: int) -> OptimalScale:
     raise ValueError(f"bits is {bits}; allowed are the whole numbers 2 to {MAX_LLOYD_BITS}")
   top = 2 ** (bits - 1) - 1
   return optimal_scale(np.arange(-top, top + 1))
-
-
-def _density(x: np.ndarray) -> np.ndarray:
-  return np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-
-
-_erfc = np.frompyfunc(math.erfc, 1, 1)
-
-
-def _moments(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Integrals of p(x), x p(x) and x^2 p(x) of N(0,1) over [low, high], elementwise; the ends may be infinite."""
-  # Upper tails of the mirrored interval: no cancellation against 1 far out on either side.
-  left = high <= 0
-  near, far = np.where(left, -high, low), np.where(left, -low, high)
-  mass = 0.5 * (_erfc(near / math.sqrt(2)) - _erfc(far / math.sqrt(2))).astype(np.float64)
-  p_low, p_high = _density(low), _density(high)
-  ends = [np.where(np.isfinite(x), x, 0.0) * p for x, p in ((low, p_low), (high, p_high))]
-  return mass, p_low - p_high, mass + ends[0] - ends[1]
-
-
-def _cell_means(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Means of the cells around positive levels (the first cell starts at 0), and their derivatives by the levels.
-
-  Args:
-    levels: [H] ascending, positive.
-
-  Returns:
-    [H] means and [H, H] derivatives (row: mean, column: level), tridiagonal.
-  """
-  middles = (levels[1:] + levels[:-1]) / 2
-  low, high = np.concatenate([[0.0], middles]), np.concatenate([middles, [np.inf]])
-  mass, first, _ = _moments(low, high)
-  means = first / mass
-  # An edge moves by half of either neighbour's move; moving it by t moves the mean by p(edge) |edge - mean| t / mass.
-  by_low = 0.5 * (_density(low) * (means - low) / mass)[1:]
-  by_high = 0.5 * (_density(middles) * (middles - means[:-1]) / mass[:-1])
-  slopes = np.diag(by_low, -1) + np.diag(by_high, 1)
-  slopes += np.diag(np.append(0.0, by_low) + np.append(by_high, 0.0))
-  return means, slopes
 
 
 def _golden_section(function, low: float, high: float) -> float:

@@ -1,4 +1,7 @@
-"""The figure of `experiments.format_sweep`: gap to Shannon's bound over stored bits, one labelled marker per format."""
+"""The figure of `experiments.format_sweep`: gap to Shannon's bound over stored bits, one labelled marker per format.
+
+Formats of about 4 bits crowd; where there is room for it, an inset shows them larger and carries their labels.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ STYLES = {
   "NVFP4": ("^", "#2a8f3c"),
   "NF4": ("v", "#9467bd"),
 }
+CROWD = (3.93, 4.68)  # bits shown in the inset
+INSET = (0.325, 0.06, 0.475, 0.385)  # left, bottom, width, height, in fractions of the axes
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], source: str, gaussian: bool) -> None:
@@ -37,25 +42,29 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], source: str, gaussian: b
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(9.2, 5.6), dpi=110, layout="constrained")
+  figure = Figure(figsize=(9.6, 6.4), dpi=110, layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.add_subplot()
   bits = [row["effective_bits"] for row in rows] or [4.0]
   left, right = min(1.9, min(bits) - 0.3), max(bits) + 0.75
   curves = _draw_limits(axes, left, right, gaussian)
-  for family, (marker, colour) in STYLES.items():
-    own = [row for row in rows if row["family"] == family]
-    if own:
-      points = [row["effective_bits"] for row in own], [row["gap_db"] for row in own]
-      axes.plot(*points, marker, color=colour, markersize=5, label=family, linestyle="none", zorder=3)
+  _draw_markers(axes, rows)
   worst = max([row["gap_db"] for row in rows], default=6.0)
   axes.set(xlim=(left, right), ylim=(worst + 1.2, -0.9))
   axes.set_xlabel("bits stored per element, scales included")
   axes.set_ylabel("dB below Shannon's bound at that rate")
   axes.set_title(f"Distance from Shannon at equal rate ({source})", fontsize=11)
   axes.grid(alpha=0.25, linewidth=0.6)
-  axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
-  _place_labels(figure, axes, rows, curves)
+  legend = axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
+  figure.canvas.draw()
+  obstacles = [_box(legend.get_window_extent())]
+  crowd = [row for row in rows if CROWD[0] < row["effective_bits"] < CROWD[1]]
+  inset = _draw_inset(axes, rows, crowd, gaussian)
+  if inset is not None:
+    figure.canvas.draw()
+    _place_labels(inset, crowd, crowd, curves, [])
+    obstacles.append(_box(inset.get_tightbbox()))
+  _place_labels(axes, rows, [row for row in rows if inset is None or row not in crowd], curves, obstacles)
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png")
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -84,45 +93,89 @@ def _draw_limits(axes: Any, left: float, right: float, gaussian: bool) -> list[t
   return [(np.array([left, right]), np.zeros(2)), (fine, coded), (lloyd_bits, lloyd), (uniform_bits, uniform)]
 
 
-def _place_labels(figure: Any, axes: Any, rows: Sequence[Mapping[str, Any]], curves: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def _draw_markers(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+  for family, (marker, colour) in STYLES.items():
+    own = [row for row in rows if row["family"] == family]
+    if own:
+      points = [row["effective_bits"] for row in own], [row["gap_db"] for row in own]
+      axes.plot(*points, marker, color=colour, markersize=5, label=family, linestyle="none", zorder=3)
+
+
+def _draw_inset(axes: Any, rows: Sequence[Mapping[str, Any]], crowd: Sequence[Mapping[str, Any]], gaussian: bool) -> Any:
+  """An enlarged view of the crowd; None where there is none, or where markers stand in its place."""
+  left, bottom, width, height = INSET
+  points = axes.transAxes.inverted().transform(
+    axes.transData.transform([(row["effective_bits"], row["gap_db"]) for row in rows] or [(0, 0)])
+  )
+  blocked = (points[:, 0] > left - 0.05) & (points[:, 0] < left + width + 0.02) & (points[:, 1] < bottom + height + 0.02)
+  if len(crowd) < 6 or bool(np.any(blocked)):
+    return None
+  inset = axes.inset_axes(INSET)
+  _draw_limits(inset, *CROWD, gaussian)
+  _draw_markers(inset, crowd)
+  gaps = [row["gap_db"] for row in crowd]
+  inset.set(xlim=CROWD, ylim=(max(gaps) + 0.7, min(gaps) - 0.8))
+  inset.tick_params(labelsize=7)
+  inset.grid(alpha=0.25, linewidth=0.6)
+  bottom, top = inset.get_ylim()
+  x, y = [CROWD[0], CROWD[1], CROWD[1], CROWD[0], CROWD[0]], [bottom, bottom, top, top, bottom]
+  axes.plot(x, y, color="#999999", linewidth=0.8)
+  inset.set_title("the formats in the frame, enlarged", fontsize=8, color="#666666")
+  for spine in inset.spines.values():
+    spine.set_edgecolor("#999999")
+  return inset
+
+
+def _place_labels(
+  axes: Any,
+  rows: Sequence[Mapping[str, Any]],
+  labelled: Sequence[Mapping[str, Any]],
+  curves: list[tuple[np.ndarray, np.ndarray]],
+  obstacles: list[tuple[float, ...]],
+) -> None:
   """Put each label where it covers least: places around the marker, nearest first; crowded markers choose first."""
-  figure.canvas.draw()
-  renderer = figure.canvas.get_renderer()
-  points = axes.transData.transform([(row["effective_bits"], row["gap_db"]) for row in rows]).reshape(-1, 2)
-  legend = axes.get_legend().get_window_extent(renderer)
-  taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points] + [(legend.x0, legend.y0, legend.x1, legend.y1)]
-  frame = axes.get_window_extent(renderer)
+  renderer = axes.figure.canvas.get_renderer()
+  to_pixels, to_data = axes.transData, axes.transData.inverted()
+  places = {row["format"]: to_pixels.transform((row["effective_bits"], row["gap_db"])) for row in rows}
+  points = np.array(list(places.values())).reshape(-1, 2)
+  taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points] + obstacles
   lines = np.concatenate([_dense(axes, *curve) for curve in curves])
-  crowd = [float(np.sum(np.hypot(*(points - p).T) < 60)) for p in points]
-  for i in sorted(range(len(rows)), key=lambda i: -crowd[i]):
-    row, (x, y) = rows[i], points[i]
-    text = axes.annotate(row["label"], (row["effective_bits"], row["gap_db"]), fontsize=7, color=STYLES[row["family"]][1])
+  crowded = {name: float(np.sum(np.hypot(*(points - p).T) < 60)) for name, p in places.items()}
+  for row in sorted(labelled, key=lambda row: -crowded[row["format"]]):
+    x, y = places[row["format"]]
+    colour = STYLES[row["family"]][1]
+    text = axes.text(row["effective_bits"], row["gap_db"], row["label"], fontsize=7, color=colour)
     extent = text.get_window_extent(renderer)
-    place, corner = _best_place(x, y, extent.width, extent.height, taken, lines, frame)
-    text.set_position(axes.transData.inverted().transform(corner))
-    taken.append(place)
-    if math.hypot(max(place[0] - x, 0, x - place[2]), max(place[1] - y, 0, y - place[3])) > 12:
-      near = axes.transData.inverted().transform([(x, y), (min(max(x, place[0]), place[2]), min(max(y, place[1]), place[3]))])
-      axes.plot(near[:, 0], near[:, 1], color=STYLES[row["family"]][1], linewidth=0.5, alpha=0.7, zorder=1)
+    box = _best_place(x, y, extent.width, extent.height, taken, lines, _box(axes.bbox))
+    text.set_position(to_data.transform(box[:2]))
+    taken.append(box)
+    nearest = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+    if math.dist((x, y), nearest) > 12:
+      leader = to_data.transform([(x, y), nearest])
+      axes.plot(leader[:, 0], leader[:, 1], color=colour, linewidth=0.5, alpha=0.7, zorder=1)
 
 
-def _best_place(x, y, width, height, taken, lines, frame):
-  """The box (x0, y0, x1, y1) in pixels with the least overlap, and its lower left corner."""
-  best, least = None, math.inf
-  for distance in (6, 12, 20, 30, 42, 56, 72):
+def _best_place(
+  x: float, y: float, width: float, height: float, taken: list[tuple[float, ...]], lines: np.ndarray, frame: tuple[float, ...]
+) -> tuple[float, ...]:
+  """The box (x0, y0, x1, y1) in pixels around a marker at x, y that overlaps least."""
+  best, least = (x, y, x + width, y + height), math.inf
+  for distance in (7, 12, 20, 30, 42, 56, 72):
     for angle in np.arange(0, 360, 22.5):
       dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-      # The box touches the circle of that radius with the side or corner that faces the marker.
       x0, y0 = x + distance * dx + width * (dx - 1) / 2, y + distance * dy + height * (dy - 1) / 2
       box = (x0, y0, x0 + width, y0 + height)
-      cost = distance / 6 + sum(_overlap(box, other) for other in taken)
       inside = (lines[:, 0] > box[0]) & (lines[:, 0] < box[2]) & (lines[:, 1] > box[1]) & (lines[:, 1] < box[3])
-      cost += 1.5 * float(np.sum(inside))
-      if box[0] < frame.x0 or box[2] > frame.x1 - 3 or box[1] < frame.y0 or box[3] > frame.y1:
+      cost = distance / 2 + sum(_overlap(box, other) for other in taken) + 4 * float(np.sum(inside))
+      if box[0] < frame[0] + 2 or box[2] > frame[2] - 3 or box[1] < frame[1] + 2 or box[3] > frame[3]:
         cost += 1e4
       if cost < least:
         best, least = box, cost
-  return best, best[:2]
+  return best
+
+
+def _box(extent: Any) -> tuple[float, ...]:
+  return (extent.x0, extent.y0, extent.x1, extent.y1)
 
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
