@@ -56,6 +56,7 @@ COLUMNS = (
   Column("logits_rms_diff", "rms", ".2g"),
   Column("floor_logits_max_abs_diff", "floor max", ".2g"),
   Column("floor_logits_rms_diff", "floor rms", ".2g"),
+  Column("logits_rms_over_floor", "rms/floor", ".2f"),
   Column("seconds", "s", ".0f"),
 )
 TOTALS = (

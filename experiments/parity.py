@@ -88,7 +88,7 @@ def compare_models(name: str, first: Any, second: Any, windows: list[np.ndarray]
     "quantizers": len(common),
     **totals(rows),
     **own_run_figures(own),
-    **floor_figures(floors),
+    **floor_figures(floors, own),
     "seconds": time.perf_counter() - start,
     "rows": list(rows.values()),
     "layers": [{"name": n, "max_abs_diff": d.largest, "rms_diff": d.rms, "relative_rms_diff": d.relative} for n, d in own.layers.items()],
@@ -278,9 +278,12 @@ def own_run_figures(own: Comparison) -> dict[str, Any]:
   }
 
 
-def floor_figures(found: Sequence[Comparison]) -> dict[str, Any]:
-  """The same figures for torch against itself, the largest over the orders of summation; None without one."""
+def floor_figures(found: Sequence[Comparison], own: Comparison) -> dict[str, Any]:
+  """The same figures for torch against itself, the largest over the orders of summation, and how far the backends are apart in units of it
+  (about 1 where they agree as well as one does with itself); None without an order."""
+  largest = max((c.logits.rms for c in found), default=0.0)
   return {
+    "logits_rms_over_floor": own.logits.rms / largest if largest else None,
     "floor_codes_differing": max((c.total.differing for c in found), default=None),
     "floor_logits_max_abs_diff": max((c.logits.largest for c in found), default=None),
     "floor_logits_rms_diff": max((c.logits.rms for c in found), default=None),

@@ -155,6 +155,28 @@ def test_permuted_sums_change_the_order_and_nothing_else():
   torch.testing.assert_close(once, plain, rtol=0, atol=1e-5)
 
 
+def test_permuted_sums_reach_every_matmul():
+  torch.manual_seed(0)
+  a, b = torch.randn(2, 5, 200), torch.randn(2, 7, 200)
+  v = torch.randn(2, 7, 200)
+  products = {
+    "linear": lambda: torch.nn.functional.linear(a, b[0], torch.ones(7)),
+    "matmul": lambda: torch.matmul(a, b.mT),
+    "method": lambda: a.matmul(b.mT),
+    "operator": lambda: a @ b.mT,
+    "vector": lambda: a @ b[0, 0],
+    "einsum": lambda: torch.einsum("btd,bsd->bts", a, b),
+    "attention": lambda: torch.nn.functional.scaled_dot_product_attention(a, b, v),
+  }
+  for name, product in products.items():
+    plain = product()
+    with floor.PermutedSums(0):
+      other = product()
+    # 200 products of about 1: some 1e-5; and another order must show somewhere in the bits.
+    torch.testing.assert_close(plain, other, rtol=0, atol=1e-4)
+    assert not torch.equal(plain, other), name
+
+
 def test_differing_counts_bits():
   one = np.array([0.0, 1.0, np.nan], np.float32)
   assert differing(one, one.copy()) == 0 and differing(one, -one) == 3
