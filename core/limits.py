@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -203,7 +204,7 @@ def lloyd_max(bits: int) -> ScalarQuantizer:
   return ScalarQuantizer(tuple(float(v) for v in both), gaussian.mse(both))
 
 
-def optimal_scale(grid: np.ndarray) -> OptimalScale:
+def optimal_scale(grid: Sequence[float] | np.ndarray) -> OptimalScale:
   """The scale at which a grid errs least on N(0,1): the optimal clip of a format.
 
   Args:
