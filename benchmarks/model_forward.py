@@ -25,14 +25,7 @@ from benchmarks import environment, timing
 from experiments import manifest
 
 MODULE = "benchmarks.model_forward"
-PRESETS = (
-  "INT8_DEFAULT_CFG",
-  "FP8_DEFAULT_CFG",
-  "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
-  "NVFP4_DEFAULT_CFG",
-  "MXFP8_DEFAULT_CFG",
-  "MXFP4_DEFAULT_CFG",
-)
+PRESETS = ("INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG")
 TARGETS = {"INT8": 1.2, "FP8": 1.2, "NVFP4": 1.35, "MX": 1.35}
 EAGER, COMPILED, JIT, MODELOPT, MODELOPT_FOLDED = RUNTIMES = ("torch", "compile", "jit", "modelopt", "modelopt folded")
 FLOAT = "float"
