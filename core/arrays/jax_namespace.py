@@ -131,6 +131,7 @@ class JaxNamespace:
     if self.jax.default_backend() != "cpu":
       return None
     shape = self.jnp.broadcast_shapes(a.shape, b.shape)
+    b = self.where(a == a, b, 1.0)  # under vmap, a divisor that is not mapped itself would become a broadcast behind the barrier
     a, b = self.jax.lax.optimization_barrier((self.jnp.broadcast_to(a, shape), self.jnp.broadcast_to(b, shape)))
     return a / b
 
