@@ -100,7 +100,7 @@ def fake_quantize(
   tiles = blocks.to_blocks(_as_float32(x), tiling)
   if scales is None:
     scales = _scales(tiles, tiling, spec, amax, tensor_amax)
-  levels = _levels(tiles, tiling, spec, scales, _uniform(x, tiling, spec, key))
+  levels = _levels(tiles, tiling, spec, scales, _uniform(x, tiling, spec, key), narrow=str(x.dtype).endswith("float16"))
   y = blocks.from_blocks(xp.multiply_(levels, blocks.expand(scales.step, tiling)), tiling)
   return _cast_saturating(xp, y, x)
 
@@ -200,12 +200,12 @@ def unpack(packed: Array, spec: QuantSpec, length: int) -> Array:
   return encoding.unpack_codes(packed, spec.element.bits, length, signed)
 
 
-def _levels(tiles: Array, tiling: Tiling, spec: QuantSpec, scales: Scales, uniform: Array | None) -> Array:
+def _levels(tiles: Array, tiling: Tiling, spec: QuantSpec, scales: Scales, uniform: Array | None, narrow: bool = False) -> Array:
   xp = namespace(tiles)
   with xp.quiet():  # infinity and the far side of a given amax overflow here, and saturate in the next step
     scaled = tiles * blocks.expand(scales.inv_step, tiling)
     if scales.zero_point is None:
-      return rounding.to_level(scaled, spec.element, uniform, overwrite=True)
+      return rounding.to_level(scaled, spec.element, uniform, overwrite=True, narrow=narrow)
     assert isinstance(spec.element, IntFormat)
     zero_point = blocks.expand(xp.float32(scales.zero_point), tiling)
     low, high = spec.element.min_code - zero_point, spec.element.max_code - zero_point
