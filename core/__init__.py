@@ -6,7 +6,7 @@
 
 from core import formats
 from core.metrics import cosine, effective_bits, kl_divergence, sqnr_db
-from core.quantize import QuantizedTensor, amax, block_amax, dequantize, fake_quantize, pack, quantize, tensor_amax, unpack
+from core.quantize import QuantizedTensor, amax, block_amax, cast_saturating, dequantize, fake_quantize, pack, quantize, tensor_amax, unpack
 from core.scaling import Scales, scales
 from core.spec import QuantSpec
 
@@ -16,6 +16,7 @@ __all__ = [
   "Scales",
   "amax",
   "block_amax",
+  "cast_saturating",
   "cosine",
   "dequantize",
   "effective_bits",

@@ -102,7 +102,7 @@ def fake_quantize(
     scales = _scales(tiles, tiling, spec, amax, tensor_amax)
   levels = _levels(tiles, tiling, spec, scales, _uniform(x, tiling, spec, key), narrow=str(x.dtype).endswith("float16"))
   y = blocks.from_blocks(xp.multiply_(levels, blocks.expand(scales.step, tiling)), tiling)
-  return _cast_saturating(xp, y, x)
+  return cast_saturating(y, x)
 
 
 def quantize(
@@ -244,8 +244,9 @@ def _as_float32(x: Array) -> Array:
   return xp.float32(x)
 
 
-def _cast_saturating(xp, y: Array, like: Array) -> Array:
-  """y in the dtype of `like`. Only float16 has a finite range that a level times its step can leave."""
+def cast_saturating(y: Array, like: Array) -> Array:
+  """y (float32) in the dtype of `like`. Only float16 has a finite range that a level times its step can leave; infinity saturates too."""
+  xp = namespace(y)
   if like.dtype == y.dtype:
     return y
   if str(like.dtype).endswith("float16") and not str(like.dtype).endswith("bfloat16"):

@@ -13,7 +13,7 @@ from core.config import DEFAULT_GROUPS, EXPERT_GROUPS, PRESETS, ConfigWarning, Q
 from jax_backend.apply import QuantModule
 from jax_backend.calibrate import Runner, calibrate, max_calibrate, register_algorithm
 from jax_backend.convert import quantize
-from jax_backend.edit import disable_quantizer, enable_quantizer, quantizers, set_quantizer_by_cfg
+from jax_backend.edit import disable_quantizer, enable_quantizer, is_quantized, quantizers, set_quantizer_by_cfg
 from jax_backend.fold import fold_weight
 from jax_backend.modules import register, unregister
 from jax_backend.quantizer import Quantizer, SequentialQuantizer
@@ -34,6 +34,7 @@ __all__ = [
   "disable_quantizer",
   "enable_quantizer",
   "fold_weight",
+  "is_quantized",
   "max_calibrate",
   "preset",
   "print_quant_summary",

@@ -6,34 +6,37 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from core import hadamard
-from core.blocks import normalize_axis
+import core
+from core import affine, hadamard
 from core.config.options import BiasSpec, RotateSpec
-from jax_backend.layouts import View
+from jax_backend.layouts import View, normalize_axis
 
 
 def rotate(x: Any, spec: RotateSpec | None) -> Any:
   """x with blocks of its last axis multiplied by the Hadamard matrix; x itself without a rotation."""
-  return x if spec is None else hadamard.rotate(x, spec.block_size, spec.seed).astype(x.dtype)
+  return x if spec is None else unfused(core.cast_saturating(hadamard.rotate(x, spec.block_size, spec.seed), x))
 
 
 def rotate_back(x: Any, spec: RotateSpec | None) -> Any:
   """The inverse of `rotate`, for mode "rotate_back"; in mode "rotate" the next layer holds the inverse, and x stays."""
-  return x if spec is None or spec.mode != "rotate_back" else hadamard.unrotate(x, spec.block_size, spec.seed).astype(x.dtype)
+  if spec is None or spec.mode != "rotate_back":
+    return x
+  return core.cast_saturating(hadamard.unrotate(unfused(x), spec.block_size, spec.seed), x)
+
+
+def unfused(x: Any) -> Any:
+  """x behind a select, which XLA does not fuse over: level * step + b would be rounded once, where numpy and torch round twice."""
+  return jnp.where(x == x, x, jnp.nan)
 
 
 def reduced_axes(spec: BiasSpec, seen: View) -> tuple[int, ...]:
   """The axes of the view over which the bias is taken."""
-  rank = (0,) * len(seen.axes)
-  return tuple(seen.axes[normalize_axis(a, rank)] for a in spec.axes)
+  return tuple(seen.axes[normalize_axis(a, len(seen.axes))] for a in spec.axes)
 
 
 def bias_of(x: Any, spec: BiasSpec, axes: tuple[int, ...]) -> Any:
   """The mean of x, or the middle of its range, over `axes`, kept as length 1. float32."""
-  x = x.astype(jnp.float32)
-  if spec.method == "mean":
-    return jnp.mean(x, axis=axes, keepdims=True)
-  return (jnp.min(x, axis=axes, keepdims=True) + jnp.max(x, axis=axes, keepdims=True)) / 2
+  return affine.bias(x, axes, spec.method)
 
 
 def next_bias(x: Any, spec: BiasSpec, axes: tuple[int, ...], before: dict[str, Any]) -> dict[str, Any]:
@@ -50,10 +53,10 @@ def next_bias(x: Any, spec: BiasSpec, axes: tuple[int, ...], before: dict[str, A
   """
   if spec.method == "mean":
     mean = bias_of(x, spec, axes)
-    count = before.get("batches", jnp.zeros((), jnp.float32))
-    bias = mean if "bias" not in before else (before["bias"] * count + mean) / (count + 1)
-    return {"bias": bias, "batches": count + 1}
+    count = before.get("batches", jnp.zeros((), jnp.float32)) + 1
+    total = mean if "total" not in before else before["total"] + mean
+    return {"bias": affine.running_mean(total, jnp.broadcast_to(count, total.shape)), "total": total, "batches": count}
   low, high = jnp.min(x, axis=axes, keepdims=True), jnp.max(x, axis=axes, keepdims=True)
   if "low" in before:
     low, high = jnp.minimum(before["low"], low), jnp.maximum(before["high"], high)
-  return {"bias": (low + high) / 2, "low": low, "high": high}
+  return {"bias": affine.middle(low, high), "low": low, "high": high}

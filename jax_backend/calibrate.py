@@ -15,6 +15,7 @@ from core.config.frozen import thaw
 from jax_backend import discover, groups, statistics, tree, weights
 from jax_backend.apply import QuantModule
 from jax_backend.discover import Found
+from jax_backend.edit import is_quantized
 from jax_backend.interceptors import INPUT, OUTPUT
 from jax_backend.quantizer import CALIBRATE, QUANTIZE, AnyQuantizer
 from jax_backend.tree import Path
@@ -147,7 +148,7 @@ def calibrate(
     ValueError: the variables have no quantizers, an unknown algorithm, or non-finite calibration data.
     TypeError: forward_loop is no function.
   """
-  if "quant" not in qvariables:
+  if not is_quantized(qvariables):
     raise ValueError("these variables have no quantizers; call quantize(module, variables, config, forward_loop) first")
   return run(qmodule, qvariables, read_algorithm(algorithm), forward_loop)
 

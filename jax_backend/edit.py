@@ -34,13 +34,19 @@ def create(found: Iterable[Found], entries: Iterable[Entry]) -> Entries:
     for name, param, layout in _slots(module):
       start = Quantizer(_default(name), OFF, layout, param, module.parent_classes, module.stack)
       raw = "/".join((*module.path, name))
-      resolved = rules.resolve(entries, raw, module.parent_classes)
+      resolved = _checked(rules.resolve(entries, raw, module.parent_classes), raw)
       if module.sizes:
         check_one_format(entries, module.path, name, module, resolved)
       aval = module.input_aval if name == INPUT else None
       indices = aval is not None and not jnp.issubdtype(aval.dtype, jnp.floating)
       made[module.path, name] = configured(start, resolved, force_off=indices, sizes=module.sizes)
   return made
+
+
+def _checked(state: Resolved, raw: str) -> Resolved:
+  for config in state.configs:
+    config.check_simulated(matching.canonical_name(raw))
+  return state
 
 
 def _slots(module: Found) -> list[tuple[str, str | None, Layout]]:
@@ -110,9 +116,15 @@ def quantizers(qvariables: Mapping[str, Any]) -> dict[str, AnyQuantizer]:
   return named
 
 
+def is_quantized(qvariables: Mapping[str, Any]) -> bool:
+  """Whether these variables have quantizers."""
+  return isinstance(qvariables, Mapping) and "quant" in qvariables
+
+
 def _quant(qvariables: Mapping[str, Any]) -> Mapping[str, Any]:
-  if "quant" not in qvariables:
-    raise ValueError(f"these variables have no quantizers (collections: {', '.join(qvariables) or 'none'}); call quantize first")
+  if not is_quantized(qvariables):
+    held = f"collections: {', '.join(qvariables) or 'none'}" if isinstance(qvariables, Mapping) else type(qvariables).__name__
+    raise ValueError(f"these variables have no quantizers ({held}); call quantize first")
   return qvariables["quant"]
 
 
@@ -140,7 +152,9 @@ def set_quantizer_by_cfg(qvariables: Mapping[str, Any], quant_cfg: Any) -> dict[
     names.append((raw, quantizer.parent_classes))
     now = Resolved(tuple(q.config for q in quantizer.leaves), quantizer.is_enabled)
     matched = any(entry.matches(raw, quantizer.parent_classes) for entry in entries)
-    changed[path, name] = configured(quantizer, rules.resolve(entries, raw, quantizer.parent_classes, now)) if matched else quantizer
+    if matched:
+      quantizer = configured(quantizer, _checked(rules.resolve(entries, raw, quantizer.parent_classes, now), raw))
+    changed[path, name] = quantizer
   missing = [e.label for e in entries if not any(e.matches(*pair) for pair in names)]
   if missing:
     warnings.warn(f"patterns that match no quantizer: {', '.join(map(repr, missing))}", ConfigWarning, stacklevel=2)

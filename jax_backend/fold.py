@@ -9,6 +9,7 @@ from flax.core import meta
 
 from jax_backend import tree, weights
 from jax_backend.apply import QuantModule
+from jax_backend.edit import is_quantized
 from jax_backend.quantizer import FOLDED
 
 
@@ -21,7 +22,12 @@ def fold_weight(qmodule: QuantModule, qvariables: Mapping[str, Any]) -> dict[str
 
   Returns:
     New variables: weights folded, their quantizers in mode "folded" (off for good; `quantize` again to start over).
+
+  Raises:
+    ValueError: the variables have no quantizers.
   """
+  if not is_quantized(qvariables):
+    raise ValueError("these variables have no quantizers; call quantize(module, variables, config, forward_loop) first")
   params = qvariables.get("params", {})
   done = {(path, name): q for path, name, q in tree.items(qvariables.get("quant", {}))}
   for path, name, quantizer, weight in weights.each(qvariables):

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from core import QuantSpec
-from core.blocks import normalize_axis
 
 Dims = tuple[tuple[int, ...], ...]
 
@@ -156,12 +155,22 @@ def map_spec(spec: QuantSpec, axes: tuple[int, ...]) -> QuantSpec:
   """
   if axes == tuple(range(len(axes))):
     return spec
-  rank = (0,) * len(axes)
   if spec.axis is not None:
-    return spec.replace(axis=tuple(axes[normalize_axis(a, rank)] for a in spec.axis))
+    return spec.replace(axis=tuple(axes[normalize_axis(a, len(axes))] for a in spec.axis))
   if spec.blocks is not None:
-    return spec.replace(blocks=tuple((axes[normalize_axis(a, rank)], size) for a, size in spec.blocks))
+    return spec.replace(blocks=tuple((axes[normalize_axis(a, len(axes))], size) for a, size in spec.blocks))
   return spec
+
+
+def normalize_axis(axis: int, rank: int) -> int:
+  """A non-negative axis.
+
+  Raises:
+    ValueError: the axis does not exist.
+  """
+  if not -rank <= axis < rank:
+    raise ValueError(f"axis {axis} does not exist in a tensor of {rank} axes (torch's layout); allowed are {-rank} to {rank - 1}")
+  return axis % rank
 
 
 def amax_to_view(amax: Any, seen: View) -> Any:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import core
 from core import Scales
@@ -32,7 +34,7 @@ class Quantizer:
   Quantizers are immutable: `enable`, `disable`, `with_amax` and `replace` return new ones.
 
   Attributes:
-    config: what to do (static).
+    config: what to do (static); a dict of attributes such as {"num_bits": 8, "axis": 0} is read.
     mode: "quantize", "calibrate" (gather statistics, let x pass), "off", or "folded" (the tensor holds quantized values already) (static).
     layout: where torch's axes are in the tensors that come in (static).
     param: name of the parameter of a weight quantizer, else None (static).
@@ -61,9 +63,54 @@ class Quantizer:
   scales: Scales | None = None
   statistics: dict[str, Any] | None = None
 
+  def __post_init__(self) -> None:
+    if isinstance(self.config, Mapping):
+      given, config = self.config, QuantizerConfig.from_attributes(self.config)
+      config.check_simulated("")
+      object.__setattr__(self, "config", config)
+      if not given.get("enable", True):
+        object.__setattr__(self, "mode", OFF)
+      if config.constant_amax is not None:
+        constant = self.with_amax(config.constant_amax)
+        for leaf in ("amax", "tensor_amax", "scales"):
+          object.__setattr__(self, leaf, getattr(constant, leaf))
+
+  @property
+  def spec(self) -> core.QuantSpec:
+    """The arithmetic; its axes are torch's."""
+    return self.config.spec
+
   @property
   def is_enabled(self) -> bool:
     return self.mode in (CALIBRATE, QUANTIZE)
+
+  @property
+  def is_folded(self) -> bool:
+    return self.mode == FOLDED
+
+  @property
+  def is_calibrating(self) -> bool:
+    return self.mode == CALIBRATE
+
+  @property
+  def is_dynamic(self) -> bool:
+    """Whether every scale is taken from each input, so that no amax is ever kept (dynamic NVFP4 keeps its tensor amax)."""
+    return self.spec.dynamic and not self.spec.two_level and self.config.constant_amax is None
+
+  @property
+  def maxbound(self) -> float:
+    """Level that amax maps to: 127 for INT8, 448 for E4M3."""
+    return self.spec.element_bound
+
+  @property
+  def step_size(self) -> Any:
+    """Float32 step of every group, in stored axes; None where it depends on the input."""
+    return None if self.scales is None else self.scales.step
+
+  @property
+  def bias_value(self) -> Any:
+    """Calibrated bias of affine quantization; None without one. (torch's name for `bias`)"""
+    return self.bias
 
   @property
   def acts(self) -> bool:
@@ -107,11 +154,17 @@ class Quantizer:
     Args:
       amax: what `core.amax` returns for the torch tensor, with stacked axes in front; None: taken from each input.
       tensor_amax: shared tensor amax of a two-level specification with given block amax; None is the largest block amax.
+
+    Raises:
+      ValueError: negative, NaN or infinite entries.
     """
-    amax = None if amax is None else jnp.asarray(amax, jnp.float32)
-    tensor_amax = None if tensor_amax is None else jnp.asarray(tensor_amax, jnp.float32)
+    # Copies: siblings share a value, not a buffer, so that the variables can be donated to a jitted step.
+    amax = None if amax is None else jnp.array(amax, jnp.float32)
+    tensor_amax = None if tensor_amax is None else jnp.array(tensor_amax, jnp.float32)
+    for value in (amax, tensor_amax):
+      _check_amax(value, self.config)
     if self.config.spec.two_level and amax is not None and tensor_amax is None:
-      tensor_amax = jnp.max(amax, axis=tuple(range(len(self.stack), amax.ndim)))
+      tensor_amax = jnp.array(jnp.max(amax, axis=tuple(range(len(self.stack), amax.ndim))))
     return self.replace(amax=amax, tensor_amax=tensor_amax, scales=self._kept_scales(amax, tensor_amax))
 
   def _kept_scales(self, amax: Any, tensor_amax: Any) -> Scales | None:
@@ -127,8 +180,15 @@ class Quantizer:
   def prepare(self, x: Any) -> Any:
     """x times pre_quant_scale, rotated: the tensor that is quantized and whose statistics count."""
     if self.pre_quant_scale is not None:
-      x = (x.astype(jnp.float32) * self.pre_quant_scale).astype(x.dtype)
-    return affine.rotate(x, self.config.rotate)
+      x = core.cast_saturating(x.astype(jnp.float32) * self.pre_quant_scale, x)
+    return self._turned(x, affine.rotate)
+
+  def _turned(self, x: Any, turn: Callable[[Any, Any], Any]) -> Any:
+    """A rotation along torch's last axis, whatever the stored layout: of a kernel [in, out] the inputs are turned."""
+    if self.config.rotate is None:
+      return x
+    seen = layouts.view(tuple(x.shape), self.layout.of(x.ndim), torch_order=True)
+    return layouts.leave(turn(layouts.enter(x, seen), self.config.rotate), seen, x.shape)
 
   def __call__(self, x: Any, key: Any = None) -> Any:
     """The values that the stored codes stand for.
@@ -144,9 +204,8 @@ class Quantizer:
       return x
     x = self.prepare(x)
     if self.mode != QUANTIZE:
-      return affine.rotate_back(x, self.config.rotate)
-    y = self._quantize(x, key)
-    return affine.rotate_back(y, self.config.rotate)
+      return self._turned(x, affine.rotate_back)
+    return self._turned(self._quantize(x, key), affine.rotate_back)
 
   def view(self, shape: tuple[int, ...]) -> tuple[layouts.View, core.QuantSpec]:
     """How a tensor of that stored shape is looked at, and the specification in the axes of that view."""
@@ -165,8 +224,7 @@ class Quantizer:
     tensor_amax = None if spec.dynamic else self.tensor_amax
     y = ste.fake_quantize(spec, not masked, shown, amax, tensor_amax, self.scales, key)
     if bias is not None:
-      # the select keeps XLA from fusing level * step + bias into one rounding, which numpy and torch do not do
-      y = (jnp.where(y == y, y, jnp.nan) + bias).astype(x.dtype)
+      y = core.cast_saturating(affine.unfused(y) + bias, x)
     return layouts.leave(y, seen, x.shape)
 
   def _bias(self, shown: Any, seen: layouts.View) -> Any:
@@ -193,6 +251,15 @@ class Quantizer:
     """`core.amax` of a stored tensor, in torch's axes."""
     seen, spec = self.view(x.shape)
     return layouts.amax_to_torch(core.amax(layouts.enter(x, seen), spec), seen)
+
+
+def _check_amax(amax: Any, config: QuantizerConfig) -> None:
+  if amax is None or isinstance(amax, jax.core.Tracer) or not amax.is_fully_addressable or not amax.size:
+    return
+  held = np.asarray(amax)
+  least, most = float(held.min()), float(held.max())
+  if not math.isfinite(least) or not math.isfinite(most) or (least < 0 and not config.spec.zero_point):
+    raise ValueError(f"amax of a quantizer ({config.describe()}) must be finite and not negative; got values from {least} to {most}")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -27,7 +27,7 @@ def collect(quantizer: AnyQuantizer, x: Any) -> AnyQuantizer:
   for child in quantizer.children:
     children.append(_collect(child, x))
     if child.mode == CALIBRATE:
-      x = child.replace(mode="quantize").with_amax(None)(x)
+      x = child.replace(mode="quantize", bias=None).with_amax(child.config.constant_amax)(x)
   return SequentialQuantizer(tuple(children))
 
 

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+import core
 from core.config.schema import QuantizerConfig
-from jax_backend import layouts, sharding, statistics, tree
+from jax_backend import affine, layouts, sharding, statistics, tree
 from jax_backend.quantizer import QUANTIZE, AnyQuantizer, Quantizer, SequentialQuantizer
 from jax_backend.tree import Path
 
@@ -57,9 +58,12 @@ def calibrate(quantizer: AnyQuantizer, weight: Any, name: str) -> AnyQuantizer:
     return SequentialQuantizer(tuple(children))
   if not quantizer.needs_calibration or not jnp.issubdtype(weight.dtype, jnp.floating):
     return quantizer
-  amax, nonfinite = _amax(_bare(quantizer), weight)
+  try:
+    amax, bias, nonfinite = _statistics(_bare(quantizer), weight)
+  except ValueError as error:
+    raise ValueError(f"quantizer {name!r}: {error}") from error
   statistics.check_finite(int(nonfinite), name)
-  return quantizer.with_amax(sharding.like_weight(amax, weight, quantizer.layout, len(quantizer.stack)))
+  return quantizer.replace(bias=bias).with_amax(sharding.like_weight(amax, weight, quantizer.layout, len(quantizer.stack)))
 
 
 def quantized(quantizer: AnyQuantizer, weight: Any) -> Any:
@@ -78,12 +82,21 @@ def _bare(quantizer: AnyQuantizer) -> AnyQuantizer:
 
 
 @jax.jit
-def _amax(quantizer: Quantizer, weight: Any) -> tuple[Any, Any]:
+def _statistics(quantizer: Quantizer, weight: Any) -> tuple[Any, Any, Any]:
+  """(amax, static bias or None, number of values that are not finite)."""
+
   def one(q: Quantizer, w: Any) -> Any:
-    return q.amax_of(q.prepare(w))
+    w, spec = q.prepare(w), q.config.bias
+    if spec is None:
+      return q.amax_of(w), None
+    seen, seen_spec = q.view(w.shape)
+    shown = layouts.enter(w, seen).astype(jnp.float32)
+    bias = affine.bias_of(shown, spec, affine.reduced_axes(spec, seen))
+    amax = layouts.amax_to_torch(core.amax(shown - bias, seen_spec), seen)
+    return amax, None if spec.dynamic else layouts.amax_to_torch(bias, seen)
 
   nonfinite = jnp.sum(~jnp.isfinite(weight), dtype=jnp.int32)
-  return layouts.over_stack(one, len(quantizer.stack))(quantizer, weight), nonfinite
+  return *layouts.over_stack(one, len(quantizer.stack))(quantizer, weight), nonfinite
 
 
 @jax.jit

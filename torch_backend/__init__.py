@@ -19,6 +19,7 @@ from torch_backend.names import is_quantized, quantizers
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.sequential import SequentialQuantizer
 from torch_backend.summary import print_quant_summary, summary
+from torch_backend.weights import weight_quantization
 
 __all__ = [
   "DEFAULT_GROUPS",
@@ -46,6 +47,7 @@ __all__ = [
   "set_quantizer_by_cfg",
   "summary",
   "unregister",
+  "weight_quantization",
 ]
 
 

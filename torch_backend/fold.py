@@ -9,6 +9,7 @@ from torch import nn
 
 from core.config import ConfigWarning
 from torch_backend.modules import QuantWeight
+from torch_backend.names import is_quantized
 from torch_backend.sequential import tensor_quantizers
 
 
@@ -22,7 +23,12 @@ def fold_weight(model: nn.Module, keep_attrs: bool = False) -> None:
   Args:
     model: a quantized model.
     keep_attrs: keep amax and pre_quant_scale of the folded quantizers.
+
+  Raises:
+    ValueError: the model is not quantized.
   """
+  if not is_quantized(model):
+    raise ValueError("the model has no quantized modules; call quantize(model, config, forward_loop) first")
   users: dict[int, list[nn.Module]] = {}
   for module in model.modules():
     for parameter in module._parameters.values():

@@ -40,4 +40,4 @@ def parent_classes(module: nn.Module) -> tuple[str, ...]:
 
 def is_quantized(model: nn.Module) -> bool:
   """Whether any module of the model has been converted."""
-  return any(isinstance(module, QuantModule) for module in model.modules())
+  return isinstance(model, nn.Module) and any(isinstance(module, QuantModule) for module in model.modules())

@@ -48,15 +48,14 @@ class TensorQuantizer(QuantizerState):
       if self._quantizing:
         x = self._quantize(x)
     if self._rotates_back:
-      x = hadamard.unrotate(x, self._rotation.block_size, self._rotation.seed).to(x.dtype)
+      x = core.cast_saturating(hadamard.unrotate(x, self._rotation.block_size, self._rotation.seed), x)
     return x
 
   def _transform(self, x: Tensor) -> Tensor:
-    dtype = x.dtype
     if self._pre_quant_scale is not None:
-      x = (x.to(torch.float32) * self._pre_quant_scale).to(dtype)
+      x = core.cast_saturating(x.to(torch.float32) * self._pre_quant_scale, x)
     if self._rotates:
-      x = hadamard.rotate(x, self._rotation.block_size, self._rotation.seed).to(dtype)
+      x = core.cast_saturating(hadamard.rotate(x, self._rotation.block_size, self._rotation.seed), x)
     return x
 
   def _quantize(self, x: Tensor) -> Tensor:
@@ -67,7 +66,7 @@ class TensorQuantizer(QuantizerState):
     bias = self._bias_value
     if bias is None:
       bias = statistics.bias_of(x, self.config.bias)
-    return (self._fake_quantize(x.to(torch.float32) - bias) + bias).to(x.dtype)
+    return core.cast_saturating(self._fake_quantize(x.to(torch.float32) - bias) + bias, x)
 
   def _fake_quantize(self, x: Tensor) -> Tensor:
     amax, scales, tensor_amax = self._amax, self._scales, self._tensor_amax
@@ -79,13 +78,11 @@ class TensorQuantizer(QuantizerState):
     return straight_through(x, y, statistics.inside(x.detach(), self.spec, amax))
 
   def preview(self, x: Tensor) -> Tensor:
-    """x quantized by what calibration has collected so far: the input of the next quantizer of a sequence."""
-    if not self._enabled:
-      return x
-    amax = self._running.amax
-    if self._share_leading and amax is not None and amax.ndim:
-      amax, _ = statistics.fit(x, self.spec, amax, None)
-    return core.fake_quantize(x.detach(), self.spec, amax, key=self._next_key())
+    """x quantized with its own amax (or the constant one): what the next quantizer of a sequence calibrates on, in whatever order batches
+    come."""
+    other = TensorQuantizer(self.config, enable=self._enabled).to(x.device)
+    other.pre_quant_scale = self._pre_quant_scale
+    return other(x.detach())
 
   def _next_key(self) -> tuple[Tensor, Tensor] | None:
     if self._key is None:

@@ -53,12 +53,7 @@ class QuantizerState(nn.Module):
     self.enable() if enable else self.disable()
 
   def _configure(self, config: QuantizerConfig) -> None:
-    if config.backend is not None:
-      raise ValueError(f"quantizer {self.name!r}: no quantization function named {config.backend!r} is registered; leave `backend` out")
-    if not config.fake_quant:
-      raise ValueError(
-        f"quantizer {self.name!r}: fake_quant=False asks for stored codes in place of simulated values; allowed here is True"
-      )
+    config.check_simulated(self.name)
     self.config = config
     self.spec = config.spec
     stochastic = config.spec.rounding == "stochastic"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import core
-from core import blocks, model_table
+from core import affine, blocks, model_table
 from core.config.options import BiasSpec
 from core.config.schema import QuantizerConfig
 from core.spec import QuantSpec
@@ -27,6 +27,7 @@ class Running:
     self.bias: Tensor | None = None
     self._low: Tensor | None = None
     self._high: Tensor | None = None
+    self._total: Tensor | None = None
     self._batches = 0
 
   def collect(self, x: Tensor, config: QuantizerConfig, share_leading: bool, name: str) -> None:
@@ -40,7 +41,10 @@ class Running:
     if config.bias is not None:
       x = x.to(torch.float32)
       x = x - self._next_bias(x, config.bias)
-    amax = core.amax(x, config.spec)
+    try:
+      amax = core.amax(x, config.spec)
+    except ValueError as error:
+      raise ValueError(f"quantizer {name!r}: {error}") from error
     if share_leading:
       amax = reduce_leading(amax, config.spec)
     if self.amax is not None and self.amax.shape != amax.shape:
@@ -54,15 +58,15 @@ class Running:
     if spec.dynamic:
       return bias_of(x, spec)
     if spec.method == "mean":
-      bias = bias_of(x, spec)
-      if self.bias is not None:
-        bias = (self.bias * self._batches + bias) / (self._batches + 1)
+      mean = bias_of(x, spec)
+      self._total = mean if self._total is None else self._total + mean
       self._batches += 1
+      bias = affine.running_mean(self._total, torch.full_like(self._total, self._batches))
     else:
       low, high = x.amin(dim=spec.axes, keepdim=True), x.amax(dim=spec.axes, keepdim=True)
       self._low = low if self._low is None else torch.minimum(self._low, low)
       self._high = high if self._high is None else torch.maximum(self._high, high)
-      bias = (self._low + self._high) / 2
+      bias = affine.middle(self._low, self._high)
     self.bias = bias
     return bias
 
@@ -90,10 +94,7 @@ def check_finite(x: Tensor, name: str) -> None:
 
 def bias_of(x: Tensor, spec: BiasSpec) -> Tensor:
   """Bias of one tensor over the axes that `spec` reduces, kept as length 1: its mean, or the middle of its range. float32."""
-  x = x.detach().to(torch.float32)
-  if spec.method == "mean":
-    return x.mean(dim=spec.axes, keepdim=True)
-  return (x.amin(dim=spec.axes, keepdim=True) + x.amax(dim=spec.axes, keepdim=True)) / 2
+  return affine.bias(x.detach(), spec.axes, spec.method)
 
 
 def _trailing(spec: QuantSpec) -> tuple[int, ...] | None:

@@ -194,6 +194,17 @@ class QuantizerConfig:
       return False
     return not self.spec.dynamic or self.spec.two_level
 
+  def check_simulated(self, name: str) -> None:
+    """Refuses what a backend that simulates quantization cannot do.
+
+    Raises:
+      ValueError: a custom quantization function, or stored codes, were asked for; names the quantizer.
+    """
+    if self.backend is not None:
+      raise ValueError(f"quantizer {name!r}: no quantization function named {self.backend!r} is registered; leave `backend` out")
+    if not self.fake_quant:
+      raise ValueError(f"quantizer {name!r}: fake_quant=False asks for stored codes in place of simulated values; allowed here is True")
+
   def replace(self, **changes: Any) -> QuantizerConfig:
     """A copy with these fields changed."""
     return dataclasses.replace(self, **changes)
