@@ -47,7 +47,7 @@ def quantize(
   """
   _check(module, variables)
   plan = rules.normalize(config)
-  group_rules = None if group_rules is None else tuple(group_rules)
+  group_rules = group_rules if group_rules is None or isinstance(group_rules, str) else tuple(group_rules)
   plain = {name: value for name, value in variables.items() if name != "quant"}
   qmodule = QuantModule(module)
   checked = False

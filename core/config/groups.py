@@ -41,8 +41,10 @@ def group(names: Iterable[str], rules: Iterable[str] | None = None) -> list[tupl
     `names`; tuples in the order in which their first module appears in `names`.
 
   Raises:
-    ValueError: a rule that is no string, or has an empty alternative.
+    ValueError: rules that are one string, a rule that is no string, or has an empty alternative.
   """
+  if isinstance(rules, str):
+    raise ValueError(f"group rules are {rules!r}; give a list of rules, such as [{rules!r}]")
   ordered = list(dict.fromkeys(names))
   place = {name: index for index, name in enumerate(ordered)}
   taken: set[str] = set()
