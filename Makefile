@@ -4,6 +4,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
+# Two OpenMP threads that wait for each other on cores that something else uses as well are several times slower than one.
+THREADS ?= 1
+export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -27,13 +30,13 @@ $(VENV)/.peers: $(VENV)/.installed
 	touch $@
 
 demo: $(VENV)/.installed
-	$(PY) -m experiments.demo --out=results/demo
+	OMP_NUM_THREADS=$(THREADS) $(PY) -m experiments.demo --out=results/demo
 
 test: $(VENV)/.installed $(VENV)/.peers
-	$(PY) -m pytest -n $(WORKERS) --dist=loadfile -m "not slow"
+	OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest -n $(WORKERS) --dist=loadfile -m "not slow"
 
 test-slow: $(VENV)/.installed $(VENV)/.peers
-	$(PY) -m pytest -m slow
+	OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
