@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 import core
 from core import Scales
@@ -254,7 +255,7 @@ class Quantizer:
 
 
 def _check_amax(amax: Any, config: QuantizerConfig) -> None:
-  if amax is None or isinstance(amax, jax.core.Tracer) or not amax.is_fully_addressable or not amax.size:
+  if amax is None or isinstance(amax, Tracer) or not amax.is_fully_addressable or not amax.size:
     return
   held = np.asarray(amax)
   least, most = float(held.min()), float(held.max())

@@ -24,6 +24,17 @@ def run(qmodule, qvariables, x):
   return qmodule.apply(qvariables, x)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  """XLA without most of its optimizations: this file asks whether every preset runs, and compiling is all its time. Bits are for
+  `test_bits`, which must not find these programs in the caches."""
+  before = jax.config.jax_disable_most_optimizations
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def llama():
   module, tokens = nets.Llama(layers=1), nets.tokens()
