@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-import core
 from core import affine, hadamard
 from core.config.options import BiasSpec, RotateSpec
 from jax_backend.layouts import View, normalize_axis
@@ -14,14 +13,14 @@ from jax_backend.layouts import View, normalize_axis
 
 def rotate(x: Any, spec: RotateSpec | None) -> Any:
   """x with blocks of its last axis multiplied by the Hadamard matrix; x itself without a rotation."""
-  return x if spec is None else unfused(core.cast_saturating(hadamard.rotate(x, spec.block_size, spec.seed), x))
+  return x if spec is None else unfused(hadamard.rotate(x, spec.block_size, spec.seed))
 
 
 def rotate_back(x: Any, spec: RotateSpec | None) -> Any:
   """The inverse of `rotate`, for mode "rotate_back"; in mode "rotate" the next layer holds the inverse, and x stays."""
   if spec is None or spec.mode != "rotate_back":
     return x
-  return core.cast_saturating(hadamard.unrotate(unfused(x), spec.block_size, spec.seed), x)
+  return hadamard.unrotate(unfused(x), spec.block_size, spec.seed)
 
 
 def unfused(x: Any) -> Any:

@@ -179,9 +179,9 @@ class Quantizer:
     return layouts.over_stack(compute, len(self.stack))(amax, tensor_amax)
 
   def prepare(self, x: Any) -> Any:
-    """x times pre_quant_scale, rotated: the tensor that is quantized and whose statistics count."""
+    """x times pre_quant_scale, rotated, in float32: what is quantized and whose statistics count. A call casts once, at its end."""
     if self.pre_quant_scale is not None:
-      x = core.cast_saturating(x.astype(jnp.float32) * self.pre_quant_scale, x)
+      x = x.astype(jnp.float32) * self.pre_quant_scale
     return self._turned(x, affine.rotate)
 
   def _turned(self, x: Any, turn: Callable[[Any, Any], Any]) -> Any:
@@ -203,10 +203,10 @@ class Quantizer:
     """
     if not self.acts or x.size == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
       return x
-    x = self.prepare(x)
-    if self.mode != QUANTIZE:
-      return self._turned(x, affine.rotate_back)
-    return self._turned(self._quantize(x, key), affine.rotate_back)
+    y = self.prepare(x)
+    if self.mode == QUANTIZE:
+      y = self._quantize(y, key)
+    return core.cast_saturating(self._turned(y, affine.rotate_back), x)
 
   def view(self, shape: tuple[int, ...]) -> tuple[layouts.View, core.QuantSpec]:
     """How a tensor of that stored shape is looked at, and the specification in the axes of that view."""

@@ -40,6 +40,7 @@ class TensorQuantizer(QuantizerState):
       raise TypeError(f"quantizer {self.name!r} got a tensor of dtype {x.dtype}; float32, bfloat16, float16 and float64 can be quantized")
     if x.numel() == 0:
       return x
+    given = x
     if self._transforms:
       x = self._transform(x)
     if self._enabled:
@@ -48,14 +49,15 @@ class TensorQuantizer(QuantizerState):
       if self._quantizing:
         x = self._quantize(x)
     if self._rotates_back:
-      x = core.cast_saturating(hadamard.unrotate(x, self._rotation.block_size, self._rotation.seed), x)
-    return x
+      x = hadamard.unrotate(x, self._rotation.block_size, self._rotation.seed)
+    return core.cast_saturating(x, given)
 
   def _transform(self, x: Tensor) -> Tensor:
+    """x scaled and rotated, in float32: the result of a call is cast once, at its end."""
     if self._pre_quant_scale is not None:
-      x = core.cast_saturating(x.to(torch.float32) * self._pre_quant_scale, x)
+      x = x.to(torch.float32) * self._pre_quant_scale
     if self._rotates:
-      x = core.cast_saturating(hadamard.rotate(x, self._rotation.block_size, self._rotation.seed), x)
+      x = hadamard.rotate(x, self._rotation.block_size, self._rotation.seed)
     return x
 
   def _quantize(self, x: Tensor) -> Tensor:

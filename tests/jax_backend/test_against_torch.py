@@ -83,6 +83,18 @@ def test_float16_saturates_in_both(attributes):
   assert bool(torch.isfinite(tb.TensorQuantizer(ATTRIBUTES[attributes])(torch.full((1, 32), 65504.0).half())).all())
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_types_are_cast_once(dtype):
+  attributes = {"num_bits": 8, "rotate": {"enable": True, "mode": "rotate_back"}}
+  x = torch.tensor(BATCHES[0]).to(getattr(torch, dtype))
+  ours = tb.TensorQuantizer(attributes)
+  expected = ours(x.float()).to(x.dtype)
+  assert torch.equal(ours(x), expected)
+  assert torch.equal(torch.compile(lambda v: ours(v), fullgraph=True)(x), expected)
+  theirs = jb.Quantizer(attributes)
+  same_bits(expected, jax.jit(lambda v: theirs(v))(jnp.asarray(BATCHES[0]).astype(dtype)))
+
+
 def test_both_have_the_same_public_names():
   # torch converts modules to subclasses, JAX runs them through a runner: these names have no counterpart
   torch_only, jax_only = {"QuantInput", "QuantWeight", "TensorQuantizer"}, {"Quantizer", "Runner"}

@@ -28,7 +28,7 @@ def run(qmodule, qvariables, x):
 def quick_compilation():
   """XLA without most of its optimizations: this file asks whether every preset runs, and compiling is all its time. Bits are for
   `test_bits`, which must not find these programs in the caches."""
-  before = jax.config.jax_disable_most_optimizations
+  before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
