@@ -11,7 +11,7 @@ from tests.torch_backend.models import quietly, tiny_llama, tokens
 
 with warnings.catch_warnings():
   warnings.simplefilter("ignore")
-  mtq = pytest.importorskip("modelopt.torch.quantization")
+  import modelopt.torch.quantization as mtq
 
 LLAMA = tiny_llama()
 COMMON = ["INT8_DEFAULT_CFG", "INT8_WEIGHT_ONLY_CFG", "FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
