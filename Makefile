@@ -33,7 +33,7 @@ demo: $(VENV)/.installed
 	OMP_NUM_THREADS=$(THREADS) $(PY) -m experiments.demo --out=results/demo
 
 test: $(VENV)/.installed $(VENV)/.peers
-	OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest -n $(WORKERS) --dist=loadfile -m "not slow"
+	OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest -n $(WORKERS) --dist=loadfile -m "not slow" --least_compared=200000
 
 test-slow: $(VENV)/.installed $(VENV)/.peers
 	OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest -m slow

@@ -27,6 +27,7 @@ RUNTIMES = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+  parser.addoption("--least_compared", type=int, default=0, help="fail unless tests/spec compared this many values in each runtime")
   parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where tests/spec runs torch and jax")
 
 
@@ -53,14 +54,41 @@ def compared(record_property):
   return add
 
 
+def _compared(reporter) -> tuple[dict[str, int], dict[str, int]]:
+  """Values compared, by folder of tests and, in tests/spec, by runtime."""
+  folders: dict[str, int] = {}
+  runtimes = dict.fromkeys(RUNTIMES, 0)
+  for report in reporter.stats.get("passed", []) + reporter.stats.get("failed", []):
+    values = [v for name, v in report.user_properties if name == "compared"] if report.when == "call" else []
+    folder = "/".join(report.nodeid.split("::")[0].split("/")[:2])
+    parameters = report.nodeid.partition("[")[2].rstrip("]")
+    runtime = max((r for r in RUNTIMES if parameters == r or parameters.startswith(r + "-")), key=len, default=None)
+    for value in values:
+      folders[folder] = folders.get(folder, 0) + value
+      if folder == "tests/spec" and runtime is not None:
+        runtimes[runtime] += value
+  return folders, runtimes
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+  """Skips for cost must not become skips of everything: with --least_compared, a runtime that compared too little fails the run."""
+  least = session.config.getoption("--least_compared")
+  reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+  if not least or reporter is None or hasattr(session.config, "workerinput"):
+    return
+  if any(count < least for count in _compared(reporter)[1].values()) and session.exitstatus == pytest.ExitCode.OK:
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
-  counts: dict[str, int] = {}
-  for report in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []):
-    for name, value in report.user_properties if report.when == "call" else ():
-      if name == "compared":
-        folder = "/".join(report.nodeid.split("::")[0].split("/")[:2])
-        counts[folder] = counts.get(folder, 0) + value
-  if counts:
+  folders, runtimes = _compared(terminalreporter)
+  if folders:
     terminalreporter.write_sep("-", "values compared bit for bit")
-    for folder, count in sorted(counts.items()):
+    for folder, count in sorted(folders.items()):
       terminalreporter.write_line(f"{folder}: {count:,}")
+  least = terminalreporter.config.getoption("--least_compared")
+  for runtime, count in runtimes.items():
+    if any(runtimes.values()) or least:
+      short = f", fewer than the {least:,} that are required" if count < least else ""
+      terminalreporter.write_line(f"tests/spec on {runtime}: {count:,}{short}")
