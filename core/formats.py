@@ -173,6 +173,7 @@ UINT8 = IntFormat("UINT8", 8, signed=False)
 # non-global name still means the same object; were the global E4M3 compared before `spec.element` is read, a graph traced for E4M3 elements
 # would silently be run for any other specification. These objects are never part of a specification, so they alias nothing.
 TRACED_E4M3, TRACED_E8M0, TRACED_UINT8 = dataclasses.replace(E4M3), dataclasses.replace(E8M0), dataclasses.replace(UINT8)
+TRACED_FLOAT16 = dataclasses.replace(FLOAT16)
 
 # The float32 values of bitsandbytes' NF4 table: quantiles of N(0,1), normalised to [-1, 1], with an exact zero.
 NF4 = CodebookFormat(

@@ -83,7 +83,8 @@ def fake_quantize(
   Args:
     x: [...] float32, bfloat16, float16 or float64.
     spec: specification.
-    amax: what `core.amax(x, spec)` returns, from calibration; None takes it from x.
+    amax: what `core.amax(x, spec)` returns, from calibration; None takes it from x. A negative amax is a negative scale where
+      `spec.allows_signed_scale` (SPEC.md 4.1), zero elsewhere.
     tensor_amax: [] for two-level scales with a given block amax (siblings that share a tensor scale); None is the largest block amax.
     scales: scales computed before (`core.scales`); skips their computation.
     key: two int32, for spec.rounding == "stochastic".
@@ -118,7 +119,8 @@ def quantize(
   Args:
     x: [...] float32, bfloat16, float16 or float64.
     spec: specification.
-    amax: what `core.amax(x, spec)` returns, from calibration; None takes it from x.
+    amax: what `core.amax(x, spec)` returns, from calibration; None takes it from x. A negative amax is a negative scale where
+      `spec.allows_signed_scale` (SPEC.md 4.1), zero elsewhere.
     tensor_amax: see `fake_quantize`.
     key: two int32, for spec.rounding == "stochastic".
 
@@ -217,6 +219,7 @@ def _scales(tiles: Array, tiling: Tiling, spec: QuantSpec, amax: Array | None, t
   xp = namespace(tiles)
   if amax is not None and spec.two_level and spec.dynamic:
     tensor_amax, amax = amax, None
+  signed = amax is not None
   if amax is not None:
     amax = xp.float32(amax)
     group = amax
@@ -226,7 +229,7 @@ def _scales(tiles: Array, tiling: Tiling, spec: QuantSpec, amax: Array | None, t
     group = scaling.finite_amax(tiles, tiling.reduce).reshape(tiling.scales)
   if tensor_amax is not None:
     tensor_amax = xp.float32(tensor_amax).reshape(())
-  return scaling.scales(group, spec, tensor_amax, tiles=tiles, tiling=tiling)
+  return scaling.scales(group, spec, tensor_amax, tiles=tiles, tiling=tiling, signed=signed)
 
 
 def _uniform(x: Array, tiling: Tiling, spec: QuantSpec, key: tuple[Array, Array] | None) -> Array | None:

@@ -6,6 +6,7 @@ Every rule is decided on integers or by correctly rounded operations, so that th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from core import bits, encoding, rounding
@@ -27,7 +28,7 @@ class Scales(NamedTuple):
   """What the verbs multiply by, and what is stored. All have the shape of block amax, or broadcast against it.
 
   Attributes:
-    step: float32; a value is level * step.
+    step: float32; a value is level * step. Negative where a signed amax is (`QuantSpec.allows_signed_scale`).
     inv_step: float32, correctly rounded 1 / step; 0 in a group whose amax is zero.
     scale: the stored scale: float32 step, uint8 E8M0 or E4M3 code, or uint8 code of a double-quantized scale.
     tensor_scale: float32 second-level scale of two-level and double-quantized scales, else None.
@@ -71,16 +72,24 @@ def value_range(x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def scales(
-  amax: Array, spec: QuantSpec, tensor_amax: Array | None = None, *, tiles: Array | None = None, tiling: Tiling | None = None
+  amax: Array,
+  spec: QuantSpec,
+  tensor_amax: Array | None = None,
+  *,
+  tiles: Array | None = None,
+  tiling: Tiling | None = None,
+  signed: bool = True,
 ) -> Scales:
   """Scales of every group.
 
   Args:
-    amax: block amax, float32 >= 0; for spec.zero_point the range (lo, hi) on a leading axis of 2.
+    amax: block amax, float32; negative for a negative scale where spec.allows_signed_scale, elsewhere a negative one counts as zero;
+      for spec.zero_point the range (lo, hi) on a leading axis of 2.
     spec: specification.
     tensor_amax: [] amax of the whole tensor for a two-level scale; None takes the largest block amax.
     tiles: the tiled tensor (`blocks.to_blocks`), needed where the scale depends on the values (four_over_six).
     tiling: the tiling of `tiles`.
+    signed: False if amax is known not to be negative, because it was measured: the same bits by fewer operations.
 
   Returns:
     Scales.
@@ -89,7 +98,7 @@ def scales(
   if spec.zero_point:
     result = _asymmetric(xp, amax, spec)
   elif spec.scale_format is None:
-    result = _float32(xp, amax, spec)
+    result = _with_sign(xp, amax, _float32, spec, signed)
   elif spec.scale_format == E8M0:
     result = _power_of_two(xp, amax, spec)
   elif spec.two_level:
@@ -97,7 +106,7 @@ def scales(
   elif spec.scale_format == UINT8:
     result = _double_quantized(xp, amax, spec)
   elif isinstance(spec.scale_format, FloatFormat):
-    result = _narrow_float(xp, amax, spec, spec.scale_format)
+    result = _with_sign(xp, amax, _narrow_float, spec, signed)
   else:
     raise ValueError(f"scale format {spec.scale_format.name} is not supported; use E8M0, E4M3, FLOAT16, UINT8 or None")
   return result._replace(**dict(zip(("step", "inv_step"), xp.barrier(result.step, result.inv_step), strict=True)))
@@ -116,13 +125,25 @@ def reciprocal(step: Array) -> Array:
   return bits.divide(step * 0.0 + 1.0, step)
 
 
+def _with_sign(xp: Namespace, amax: Array, rule: Callable[[Namespace, Array, QuantSpec], Scales], spec: QuantSpec, signed: bool) -> Scales:
+  """The scales of |amax| by `rule`, with the sign of amax where the specification has signed scales. Zero groups stay positive."""
+  if not (signed and spec.allows_signed_scale):
+    return rule(xp, amax, spec)
+  result = rule(xp, xp.abs(amax), spec)
+  negative = amax <= -ZERO_BELOW
+  step = xp.where(negative, -result.step, result.step)
+  return Scales(step, xp.where(negative, -result.inv_step, result.inv_step), step)
+
+
 def _float32(xp: Namespace, amax: Array, spec: QuantSpec) -> Scales:
   limited, zero = limit_amax(amax)
   step = xp.where(zero, 1.0, bits.divide(limited, xp.full((1,) * limited.ndim, spec.element_bound, limited)))
   return Scales(step, xp.where(zero, 0.0, reciprocal(step)), step)
 
 
-def _narrow_float(xp: Namespace, amax: Array, spec: QuantSpec, fmt: FloatFormat) -> Scales:
+def _narrow_float(xp: Namespace, amax: Array, spec: QuantSpec) -> Scales:
+  fmt = spec.scale_format
+  assert isinstance(fmt, FloatFormat)
   wide = _float32(xp, amax, spec)
   least = 2.0 ** (fmt.min_exponent - fmt.mantissa_bits)
   step = rounding.to_level(xp.maximum(wide.step, least), fmt)

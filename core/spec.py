@@ -80,6 +80,16 @@ class QuantSpec:
     return self.scale_format == formats.TRACED_E8M0
 
   @property
+  def allows_signed_scale(self) -> bool:
+    """Whether a negative amax means a negative scale, which turns the one code more that two's complement has to the positive side.
+
+    True of signed integers of full range under a plain float32 or float16 scale. Elsewhere a negative amax counts as zero.
+    """
+    element, scale = self.element, self.scale_format
+    asymmetric_codes = isinstance(element, IntFormat) and element.signed and not element.narrow_range
+    return asymmetric_codes and not self.zero_point and (scale is None or scale == formats.TRACED_FLOAT16)
+
+  @property
   def element_bound(self) -> float:
     return self.element.bound if self.bound is None else self.bound
 

@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from core.calibrate import algorithms, driver
 from core.config import ConfigWarning
-from core.config.algorithms import AlgorithmConfig, read_algorithm, register_algorithm_name, substitute_unimplemented
+from core.config.algorithms import AlgorithmConfig, read_algorithm, register_algorithm_name
 from core.config.frozen import thaw
 from jax_backend import discover, groups, statistics, tree, weights
 from jax_backend.apply import QuantModule
 from jax_backend.discover import Found
 from jax_backend.edit import is_quantized
 from jax_backend.interceptors import INPUT, OUTPUT
-from jax_backend.quantizer import CALIBRATE, QUANTIZE, AnyQuantizer
+from jax_backend.quantizer import CALIBRATE, PASS, QUANTIZE, AnyQuantizer
 from jax_backend.tree import Path
 
 ForwardLoop = Callable[[Any], Any]
@@ -131,7 +133,11 @@ def register_algorithm(name: str, options: Iterable[str] | None = None) -> Calla
 
 
 def calibrate(
-  qmodule: QuantModule, qvariables: Mapping[str, Any], algorithm: Any = "max", forward_loop: ForwardLoop | None = None
+  qmodule: QuantModule,
+  qvariables: Mapping[str, Any],
+  algorithm: Any = "max",
+  forward_loop: ForwardLoop | None = None,
+  report: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
   """Calibrate a quantized model again.
 
@@ -140,6 +146,7 @@ def calibrate(
     qvariables: its variables; they are not changed.
     algorithm: name, {"method": name, ...}, a list of these, or None (nothing happens).
     forward_loop: called with a runner; runs it on calibration data, as `model(batch)`.
+    report: a list that gets one dict per layer and algorithm: what was chosen, error before and after (`print_calibration_report`).
 
   Returns:
     New variables.
@@ -150,7 +157,7 @@ def calibrate(
   """
   if not is_quantized(qvariables):
     raise ValueError("these variables have no quantizers; call quantize(module, variables, config, forward_loop) first")
-  return run(qmodule, qvariables, read_algorithm(algorithm), forward_loop)
+  return run(qmodule, qvariables, read_algorithm(algorithm), forward_loop, report)
 
 
 def run(
@@ -158,25 +165,51 @@ def run(
   qvariables: Mapping[str, Any],
   algorithm: tuple[AlgorithmConfig, ...],
   forward_loop: ForwardLoop | None,
-  entries: Iterable[Any] = (),
+  report: list[dict[str, Any]] | None = None,
   create: Creator | None = None,
 ) -> dict[str, Any]:
-  """Run calibration steps in order; `entries` are the rules they belong to, for warnings, `create` makes missing quantizers."""
+  """Run calibration steps in order; `create` makes missing quantizers."""
   if forward_loop is not None and not callable(forward_loop):
     raise TypeError(f"forward_loop must be a function of the model, got {type(forward_loop).__name__}")
-  steps, messages = substitute_unimplemented(algorithm, entries, _ALGORITHMS)
-  for message in messages:
-    warnings.warn(message, ConfigWarning, stacklevel=4)
   result = dict(qvariables)
-  if not steps and create is not None and forward_loop is not None:
-    runner = Runner(qmodule, result, create, collect=False)
-    forward_loop(runner)
-    result = {**result, "quant": runner.finished()}
-  for step in steps:
-    result = _ALGORITHMS[str(step.method)](qmodule, result, forward_loop, create=create, **thaw(step.options))
+  if create is not None and forward_loop is not None and not (algorithm and algorithm[0].method in _ALGORITHMS):
+    result = {**result, "quant": _discovered(qmodule, result, forward_loop, create)}
+    create = None
+  for step in algorithm:
+    options = thaw(step.options)
+    if step.method in _ALGORITHMS:
+      result = _ALGORITHMS[step.method](qmodule, result, forward_loop, create=create, **options)
+    else:
+      from jax_backend.host import JaxHost  # it calls back into this file
+
+      host = JaxHost(qmodule, result, forward_loop, bool(options.get("exclude_padding", False)))
+      driver.run(host, algorithms.find(str(step.method), "jax_backend"), options, report)
+      result = host.variables
     create = None
   _warn_uncalibrated(result, forward_loop)
   return result
+
+
+class Shapes(Runner):
+  """A runner that finds the modules and computes nothing: it returns zeros of the right shapes."""
+
+  def __call__(self, *args: Any, rngs: Any = None, method: Any = None, mutable: Any = False, **kwargs: Any) -> Any:
+    self._prepare(args, kwargs, rngs, method, mutable)
+    self.calls += 1
+    dynamic, rest = discover.split_arrays(args, kwargs)
+
+    def call(variables: Any, dynamic: Any, rngs: Any) -> Any:
+      inner_args, inner_kwargs = discover.join_arrays(dynamic, rest)
+      return self._qmodule.module.apply(variables, *inner_args, rngs=rngs, method=method, mutable=mutable, **inner_kwargs)
+
+    shapes = jax.eval_shape(call, self._variables, dynamic, rngs)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _discovered(qmodule: QuantModule, qvariables: Mapping[str, Any], forward_loop: ForwardLoop, create: Creator) -> dict[str, Any]:
+  runner = Shapes(qmodule, qvariables, create, collect=False)
+  forward_loop(runner)
+  return runner.finished()
 
 
 @register_algorithm("max")
@@ -193,11 +226,43 @@ def max_calibrate(
     runner = Runner(qmodule, {**qvariables, "quant": tree.build(start)}, create)
     forward_loop(runner)
     quant = runner.finished()
+  return {**qvariables, "quant": groups.merge(_with_weights(qvariables, quant, lambda q: True))}
+
+
+def _with_weights(qvariables: Mapping[str, Any], quant: Mapping[str, Any], which: Callable[[AnyQuantizer], bool]) -> dict[str, Any]:
+  """The tree with the chosen weight quantizers calibrated."""
   done = _entries(quant)
   for path, name, quantizer, weight in weights.each({**qvariables, "quant": quant}):
-    if quantizer.is_enabled:
+    if quantizer.is_enabled and which(quantizer):
       done[path, name] = weights.calibrate(quantizer, weight, tree.full_name(path, name))
-  return {**qvariables, "quant": groups.merge(tree.build(done))}
+  return tree.build(done)
+
+
+def missing_calibrated(qmodule: QuantModule, qvariables: Mapping[str, Any], forward_loop: ForwardLoop | None) -> dict[str, Any]:
+  """The quantizer tree after max calibration of those static quantizers that have no amax yet."""
+  quant = _with_weights(qvariables, qvariables["quant"], _lacks)
+  if any(_lacks(q) for _, _, q in tree.items(quant) if q.param is None) and forward_loop is not None:
+    quant = collect_activations(qmodule, {**qvariables, "quant": quant}, forward_loop, lambda path, name, q: _lacks(q))
+  return groups.merge(quant)
+
+
+def collect_activations(
+  qmodule: QuantModule, qvariables: Mapping[str, Any], forward_loop: ForwardLoop, which: Callable[[Path, str, AnyQuantizer], bool]
+) -> dict[str, Any]:
+  """The quantizer tree with the amax of the chosen activation quantizers over the forward loop; nothing is quantized meanwhile."""
+  before = _entries(qvariables["quant"])
+  chosen = {key for key, q in before.items() if q.param is None and _needs_data(q) and which(*key, q)}
+  if not chosen:
+    return dict(qvariables["quant"])
+  start = {key: q.with_mode(CALIBRATE if key in chosen else PASS) for key, q in before.items()}
+  runner = Runner(qmodule, {**qvariables, "quant": tree.build(start)})
+  forward_loop(runner)
+  after = _entries(runner.finished())
+  return tree.build({key: after[key] if key in chosen else q for key, q in before.items()})
+
+
+def _lacks(quantizer: AnyQuantizer) -> bool:
+  return any(_waits(q) and q.amax is None for q in quantizer.leaves)
 
 
 def _needs_data(quantizer: AnyQuantizer) -> bool:

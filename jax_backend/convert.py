@@ -22,6 +22,7 @@ def quantize(
   *,
   example_inputs: Any = None,
   group_rules: Iterable[str] | None = None,
+  report: list[dict[str, Any]] | None = None,
 ) -> tuple[QuantModule, dict[str, Any]]:
   """Quantize a linen module: find its layers, apply the rules, calibrate. Nothing that is given is changed.
 
@@ -37,6 +38,7 @@ def quantize(
     example_inputs: arguments of one call (a tuple, a dict of keyword arguments, or one array; jax.ShapeDtypeStruct will do), so that the
       layers are found without a forward_loop. With neither, inputs are guessed from the parameters.
     group_rules: siblings that share tensor-level scales, for example ["q_proj|k_proj|v_proj"]; None is the default list, () turns it off.
+    report: a list that gets one dict per layer and algorithm: what was chosen, error before and after (`print_calibration_report`).
 
   Returns:
     (qmodule, qvariables): a frozen module without arrays, and {"params": as given, "quant": quantizers, other collections}.
@@ -62,10 +64,10 @@ def quantize(
     return groups.assign(tree.build(made), group_rules)
 
   if example_inputs is None and forward_loop is not None:
-    return qmodule, run(qmodule, plain, plan.algorithm, forward_loop, plan.entries, create)
+    return qmodule, run(qmodule, plain, plan.algorithm, forward_loop, report, create)
   args, kwargs = _example(example_inputs) if example_inputs is not None else (discover.guess_inputs(module, plain), {})
   found = discover.trace(module, plain, args, kwargs, rngs=None, method=None, mutable=False)
-  return qmodule, run(qmodule, {**plain, "quant": create(found)}, plan.algorithm, forward_loop, plan.entries)
+  return qmodule, run(qmodule, {**plain, "quant": create(found)}, plan.algorithm, forward_loop, report)
 
 
 def _check(module: Any, variables: Any) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flax.core import meta
-
 from jax_backend import tree, weights
 from jax_backend.apply import QuantModule
 from jax_backend.edit import is_quantized
@@ -33,13 +31,6 @@ def fold_weight(qmodule: QuantModule, qvariables: Mapping[str, Any]) -> dict[str
   for path, name, quantizer, weight in weights.each(qvariables):
     if quantizer.is_enabled:
       folded = weights.from_front(weights.quantized(quantizer, weight), quantizer.stack)
-      params = _replaced(params, (*path, str(quantizer.param)), folded)
+      params = tree.replaced(params, (*path, str(quantizer.param)), folded)
       done[path, name] = quantizer.map(lambda q: q.replace(mode=FOLDED))
   return {**qvariables, "params": params, "quant": tree.build(done)}
-
-
-def _replaced(node: Any, path: tuple[str, ...], value: Any) -> Any:
-  """The tree with another value at a path; a boxed parameter keeps its box."""
-  if not path:
-    return node.replace_boxed(value) if isinstance(node, meta.AxisMetadata) else value
-  return {**node, path[0]: _replaced(node[path[0]], path[1:], value)}

@@ -8,6 +8,7 @@ the duration of the call (and of `setup`), so that sown collections, rngs, paths
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jax_backend import capture, modules, statistics, tree
+from jax_backend import capture, low_rank, modules, statistics, taps, tree
 from jax_backend.lifted import is_lifted
 from jax_backend.quantizer import CALIBRATE, AnyQuantizer
 from jax_backend.tree import RIDER, Rider
@@ -90,13 +91,21 @@ def quantizing(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn
 
 def _call(next_fun: Callable[..., Any], args: Any, kwargs: Any, module: nn.Module, own: dict[str, AnyQuantizer]) -> Any:
   into, out = own.get(INPUT), own.get(OUTPUT)
+  beside = None
   if into is not None and (args or kwargs):
     x = modules.first_argument(args, kwargs)
-    if into.acts and hasattr(x, "dtype"):
-      args, kwargs = modules.replace_first(args, kwargs, _pass(module, INPUT, into, jnp.asarray(x)))
+    if hasattr(x, "dtype"):
+      taps.show(module, INPUT, into, x)
+      beside = low_rank.branch(own, into, x)
+      if into.acts:
+        args, kwargs = modules.replace_first(args, kwargs, _pass(module, INPUT, into, jnp.asarray(x)))
   y = next_fun(*args, **kwargs)
-  if out is not None and out.acts and isinstance(y, jax.Array):
-    y = _pass(module, OUTPUT, out, y)
+  if beside is not None:
+    y = y + beside
+  if out is not None and isinstance(y, jax.Array):
+    taps.show(module, OUTPUT, out, y)
+    if out.acts:
+      y = _pass(module, OUTPUT, out, y)
   return y
 
 
@@ -108,7 +117,7 @@ def _pass(module: nn.Module, name: str, quantizer: AnyQuantizer, x: Any) -> Any:
     except ValueError as error:
       raise ValueError(f"quantizer {tree.full_name(tuple(module.path), name)!r}: {error}") from error
     rider: Rider = module.get_variable("params", RIDER)
-    module.put_variable("params", RIDER, Rider({**rider.quantizers, name: tree.disembark(updated)}))
+    module.put_variable("params", RIDER, dataclasses.replace(rider, quantizers={**rider.quantizers, name: tree.disembark(updated)}))
   y = _with_key(module, quantizer)(x)
   capture.observe(lambda: tree.full_name(tuple(module.path), name), quantizer, x, y)
   return y

@@ -24,8 +24,8 @@ from core.config.schema import QuantizerConfig
 from jax_backend import affine, layouts, ste
 from jax_backend.layouts import SAME, Layout
 
-OFF, CALIBRATE, QUANTIZE, FOLDED = "off", "calibrate", "quantize", "folded"
-_LEAVES = ("amax", "tensor_amax", "pre_quant_scale", "bias", "scales", "statistics")
+OFF, CALIBRATE, QUANTIZE, FOLDED, PASS = "off", "calibrate", "quantize", "folded", "pass"
+_LEAVES = ("amax", "tensor_amax", "pre_quant_scale", "bias", "scales", "statistics", "low_rank_a", "low_rank_b")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +36,8 @@ class Quantizer:
 
   Attributes:
     config: what to do (static); a dict of attributes such as {"num_bits": 8, "axis": 0} is read.
-    mode: "quantize", "calibrate" (gather statistics, let x pass), "off", or "folded" (the tensor holds quantized values already) (static).
+    mode: "quantize", "calibrate" (gather statistics, let x pass), "pass" (on, but lets x pass for now), "off", or "folded" (the
+      tensor holds quantized values already) (static).
     layout: where torch's axes are in the tensors that come in (static).
     param: name of the parameter of a weight quantizer, else None (static).
     parent_classes: names under which `parent_class` entries of a config find the module (static).
@@ -48,6 +49,8 @@ class Quantizer:
     bias: float32 in torch's axes, subtracted before and added after quantizing.
     scales: kept `core.Scales` of amax, in stored axes, so that a forward pass does not compute them again.
     statistics: running calibration statistics, only while calibrating.
+    low_rank_a, low_rank_b: [r, K] and [N, r] float32 of a weight quantizer: the layer adds b (a x) of its scaled, unquantized input x
+      (SVDQuant); None without that branch. They stay when the quantizer is off or folded.
   """
 
   config: QuantizerConfig
@@ -63,6 +66,8 @@ class Quantizer:
   bias: Any = None
   scales: Scales | None = None
   statistics: dict[str, Any] | None = None
+  low_rank_a: Any = None
+  low_rank_b: Any = None
 
   def __post_init__(self) -> None:
     if isinstance(self.config, Mapping):
@@ -83,7 +88,7 @@ class Quantizer:
 
   @property
   def is_enabled(self) -> bool:
-    return self.mode in (CALIBRATE, QUANTIZE)
+    return self.mode in (CALIBRATE, QUANTIZE, PASS)
 
   @property
   def is_folded(self) -> bool:
@@ -153,11 +158,12 @@ class Quantizer:
     """A copy with this amax (torch's axes, float32), and the scales that follow from it.
 
     Args:
-      amax: what `core.amax` returns for the torch tensor, with stacked axes in front; None: taken from each input.
+      amax: what `core.amax` returns for the torch tensor, with stacked axes in front; None: taken from each input. Negative entries
+        are negative scales where `spec.allows_signed_scale`.
       tensor_amax: shared tensor amax of a two-level specification with given block amax; None is the largest block amax.
 
     Raises:
-      ValueError: negative, NaN or infinite entries.
+      ValueError: NaN or infinite entries; negative ones where the specification has no signed scales.
     """
     # Copies: siblings share a value, not a buffer, so that the variables can be donated to a jitted step.
     amax = None if amax is None else jnp.array(amax, jnp.float32)
@@ -259,8 +265,10 @@ def _check_amax(amax: Any, config: QuantizerConfig) -> None:
     return
   held = np.asarray(amax)
   least, most = float(held.min()), float(held.max())
-  if not math.isfinite(least) or not math.isfinite(most) or (least < 0 and not config.spec.zero_point):
-    raise ValueError(f"amax of a quantizer ({config.describe()}) must be finite and not negative; got values from {least} to {most}")
+  signed = config.spec.zero_point or config.spec.allows_signed_scale
+  if not math.isfinite(least) or not math.isfinite(most) or (least < 0 and not signed):
+    allowed = "finite" if signed else "finite and not negative"
+    raise ValueError(f"amax of a quantizer ({config.describe()}) must be {allowed}; got values from {least} to {most}")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -63,5 +63,5 @@ def inside(x: Any, spec: QuantSpec, amax: Any) -> Any:
     low, high = (blocks.expand(a, tiling) for a in amax)
     return blocks.from_blocks((tiles >= low) & (tiles <= high), tiling)
   else:
-    limit = blocks.expand(amax, tiling)
+    limit = blocks.expand(jnp.abs(amax), tiling)  # a signed amax is the sign of a scale
   return blocks.from_blocks(jnp.abs(tiles) <= limit, tiling)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from core.config.matching import canonical_name
 from jax_backend.quantizer import AnyQuantizer, is_quantizer
@@ -28,13 +29,17 @@ class Rider:
   Attributes:
     quantizers: name -> quantizer.
     probe: static token of a discovery pass, unique, so that no cached trace is mistaken for it; None otherwise.
+    taps: tensors that calibration asked to see, by quantizer name, on their way out.
+    alias: path of the module that reads the same input and shows it (static), or None.
   """
 
   quantizers: dict[str, Any]
   probe: int | None = None
+  taps: dict[str, Any] = dataclasses.field(default_factory=dict)
+  alias: Path | None = None
 
 
-jax.tree_util.register_dataclass(Rider, data_fields=["quantizers"], meta_fields=["probe"])
+jax.tree_util.register_dataclass(Rider, data_fields=["quantizers", "taps"], meta_fields=["probe", "alias"])
 
 
 def is_rider(node: Any) -> bool:
@@ -73,6 +78,13 @@ def lookup(tree: Any, path: Path) -> Any:
       return None
     tree = tree[part]
   return tree
+
+
+def replaced(node: Any, path: Path, value: Any) -> Any:
+  """The tree with another value at a path; a boxed parameter keeps its box."""
+  if not path:
+    return node.replace_boxed(value) if isinstance(node, meta.AxisMetadata) else value
+  return {**node, path[0]: replaced(node[path[0]], path[1:], value)}
 
 
 def mount(params: Any, quant: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,16 @@ def calibrate(quantizer: AnyQuantizer, weight: Any, name: str) -> AnyQuantizer:
   return quantizer.replace(bias=bias).with_amax(sharding.like_weight(amax, weight, quantizer.layout, len(quantizer.stack)))
 
 
+def calibrate_from(quantizer: AnyQuantizer, weight: Any, name: str, first: Quantizer | None) -> AnyQuantizer:
+  """As `calibrate`, where the first quantizer is given: those behind it are calibrated on what it returns. None calibrates it as well."""
+  if first is None:
+    return calibrate(quantizer, weight, name)
+  if not isinstance(quantizer, SequentialQuantizer):
+    return first
+  rest = calibrate(SequentialQuantizer(quantizer.children[1:]), quantized(first, weight), name)
+  return SequentialQuantizer((first, *rest.leaves))
+
+
 def quantized(quantizer: AnyQuantizer, weight: Any) -> Any:
   """The weight as the model computes with it.
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from core.calibrate import algorithms, driver
 from core.config import ConfigWarning
-from core.config.algorithms import AlgorithmConfig, read_algorithm, register_algorithm_name, substitute_unimplemented
+from core.config.algorithms import AlgorithmConfig, read_algorithm, register_algorithm_name
 from core.config.frozen import thaw
 from torch_backend import groups
 from torch_backend.modules import QuantWeight
@@ -46,13 +47,16 @@ def register_algorithm(name: str, options: Iterable[str] | None = None) -> Calla
   return register
 
 
-def calibrate(model: nn.Module, algorithm: Any = "max", forward_loop: ForwardLoop | None = None) -> nn.Module:
+def calibrate(
+  model: nn.Module, algorithm: Any = "max", forward_loop: ForwardLoop | None = None, report: list[dict[str, Any]] | None = None
+) -> nn.Module:
   """Calibrate a quantized model again, in place.
 
   Args:
     model: a model that `quantize` has converted.
     algorithm: name, {"method": name, ...}, a list of these, or None (nothing happens).
     forward_loop: called with the model; runs it on calibration data.
+    report: a list that gets one dict per layer and algorithm: what was chosen, error before and after (`print_calibration_report`).
 
   Returns:
     The model.
@@ -64,20 +68,26 @@ def calibrate(model: nn.Module, algorithm: Any = "max", forward_loop: ForwardLoo
   if not is_quantized(model):
     raise ValueError("the model has no quantized modules; call quantize(model, config, forward_loop) first")
   with restored_on_error(model):
-    run(model, read_algorithm(algorithm), forward_loop)
+    run(model, read_algorithm(algorithm), forward_loop, report)
   return model
 
 
-def run(model: nn.Module, algorithm: tuple[AlgorithmConfig, ...], forward_loop: ForwardLoop | None, entries: Iterable[Any] = ()) -> None:
-  """Run calibration steps in order; `entries` are the rules they belong to, for warnings."""
+def run(
+  model: nn.Module, algorithm: tuple[AlgorithmConfig, ...], forward_loop: ForwardLoop | None, report: list[dict[str, Any]] | None = None
+) -> None:
+  """Run calibration steps in order."""
   if forward_loop is not None and not callable(forward_loop):
     raise TypeError(f"forward_loop must be a function of the model, got {type(forward_loop).__name__}")
-  steps, messages = substitute_unimplemented(algorithm, entries, _ALGORITHMS)
-  for message in messages:
-    warnings.warn(message, ConfigWarning, stacklevel=3)
   with evaluation(model), torch.no_grad():
-    for step in steps:
-      _ALGORITHMS[str(step.method)](model, forward_loop, **thaw(step.options))
+    for step in algorithm:
+      options = thaw(step.options)
+      if step.method in _ALGORITHMS:
+        _ALGORITHMS[step.method](model, forward_loop, **options)
+      else:
+        from torch_backend.host import TorchHost  # it calls back into this file
+
+        host = TorchHost(model, forward_loop, bool(options.get("exclude_padding", False)))
+        driver.run(host, algorithms.find(str(step.method), "torch_backend"), options, report)
   _warn_uncalibrated(model, forward_loop)
 
 
@@ -89,14 +99,32 @@ def max_calibrate(model: nn.Module, forward_loop: ForwardLoop | None = None, **_
   """
   for quantizer, weight in weights(model):
     calibrate_tensor(quantizer, weight)
-  if forward_loop is not None and any(_needs_data(q) for q in activations(model).values()):
-    with collecting(model):
-      forward_loop(model)
-    for quantizer in activations(model).values():
-      for one in tensor_quantizers(quantizer):
-        if one.has_statistics:
-          one.load_calib_amax()
+  calibrate_activations(model, forward_loop, lambda name: True)
   groups.merge(model)
+
+
+def calibrate_missing(model: nn.Module, forward_loop: ForwardLoop | None) -> None:
+  """As `max_calibrate`, for those quantizers alone that have no amax yet."""
+  for quantizer, weight in weights(model):
+    if any(_lacks_data(one) for one in tensor_quantizers(quantizer)):
+      calibrate_tensor(quantizer, weight)
+  missing = {name for name, q in activations(model).items() if any(_lacks_data(one) for one in tensor_quantizers(q))}
+  if missing:
+    calibrate_activations(model, forward_loop, missing.__contains__)
+  groups.merge(model)
+
+
+def calibrate_activations(model: nn.Module, forward_loop: ForwardLoop | None, which: Callable[[str], bool]) -> None:
+  """amax of the activation quantizers of these names over the forward loop; nothing runs where none of them needs data."""
+  chosen = {name: q for name, q in activations(model).items() if which(name) and _needs_data(q)}
+  if forward_loop is None or not chosen:
+    return
+  with collecting(model, chosen):
+    forward_loop(model)
+  for quantizer in chosen.values():
+    for one in tensor_quantizers(quantizer):
+      if one.has_statistics:
+        one.load_calib_amax()
 
 
 def calibrate_tensor(quantizer: Quantizer, tensor: Tensor) -> None:
@@ -115,10 +143,10 @@ def calibrate_tensor(quantizer: Quantizer, tensor: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def collecting(model: nn.Module) -> Iterator[None]:
-  """Nothing is quantized; static activation quantizers collect statistics."""
+def collecting(model: nn.Module, chosen: Mapping[str, Quantizer]) -> Iterator[None]:
+  """Nothing is quantized; the chosen static activation quantizers collect statistics."""
   switched = [one for quantizer in quantizers(model).values() for one in tensor_quantizers(quantizer)]
-  wanted = {id(one) for q in activations(model).values() if _needs_data(q) for one in tensor_quantizers(q)}
+  wanted = {id(one) for q in chosen.values() for one in tensor_quantizers(q)}
   for one in switched:
     one.disable_quant()
     if id(one) in wanted and one.is_enabled and one.config.constant_amax is None and not one.spec.is_mx:

@@ -23,6 +23,7 @@ def quantize(
   config: Mapping[str, Any],
   forward_loop: ForwardLoop | None = None,
   group_rules: Iterable[str] | None = None,
+  report: list[dict[str, Any]] | None = None,
 ) -> nn.Module:
   """Quantize a model in place: convert its layers, apply the rules, calibrate.
 
@@ -30,11 +31,12 @@ def quantize(
   new configuration. If anything raises, the model is left as it was.
 
   Args:
-    model: any nn.Module; its parameters are not changed.
+    model: any nn.Module; its parameters change only by algorithms that find new weights (GPTQ, AWQ, ...).
     config: {"quant_cfg": ..., "algorithm": ...}, for example `INT8_DEFAULT_CFG`.
     forward_loop: called with the model, in evaluation mode without gradients; runs it on calibration data. Static activation quantizers
       need it; without data they warn and take amax from each input.
     group_rules: siblings that share tensor-level scales, for example ["q_proj|k_proj|v_proj"]; None is the default list, () turns it off.
+    report: a list that gets one dict per layer and algorithm: what was chosen, error before and after (`print_calibration_report`).
 
   Returns:
     The same model.
@@ -52,7 +54,7 @@ def quantize(
     edit.reset(model)
     edit.apply(model, plan.entries)
     groups.assign(model, group_rules)
-    run(model, plan.algorithm, forward_loop, plan.entries)
+    run(model, plan.algorithm, forward_loop, report)
   return model
 
 

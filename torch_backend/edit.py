@@ -63,6 +63,7 @@ def reset(model: nn.Module) -> None:
     for one in tensor_quantizers(_set(parent, name, quantizer, initial_state(name))):
       one.reset_amax()
       one.pre_quant_scale = None
+      one.set_low_rank(None, None)
 
 
 def apply(model: nn.Module, entries: Iterable[Entry]) -> None:

@@ -52,6 +52,10 @@ class TensorQuantizer(QuantizerState):
       x = hadamard.unrotate(x, self._rotation.block_size, self._rotation.seed)
     return core.cast_saturating(x, given)
 
+  def scaled(self, x: Tensor) -> Tensor:
+    """x times pre_quant_scale and rotated, in the type of x: what a call rounds."""
+    return core.cast_saturating(self._transform(x), x) if self._transforms else x
+
   def _transform(self, x: Tensor) -> Tensor:
     """x scaled and rotated, in float32: the result of a call is cast once, at its end."""
     if self._pre_quant_scale is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,8 @@ class QuantizerState(nn.Module):
     self._scales_from: tuple[int, int] | None = None
     for buffer in ("_amax", "_tensor_amax", "_pre_quant_scale", "_bias_value", "_key"):
       self.register_buffer(buffer, None)
+    for parameter in ("low_rank_a", "low_rank_b"):
+      self.register_parameter(parameter, None)
     self._configure(config_of(config or {"num_bits": 8}))
 
   # -- configuration -------------------------------------------------------------------------------------------------------------
@@ -176,6 +179,32 @@ class QuantizerState(nn.Module):
     self._pre_quant_scale = value
     self._refresh()
 
+  def set_low_rank(self, a: Any, b: Any) -> None:
+    """Give the layer of this weight quantizer a branch b (a x) beside the quantized weight (SVDQuant); None, None takes it away.
+
+    Args:
+      a: [r, K]; x is the input after its pre_quant_scale, not quantized.
+      b: [N, r].
+
+    Raises:
+      ValueError: the two do not fit each other.
+    """
+    if a is None or b is None:
+      self.low_rank_a = self.low_rank_b = None
+      return
+    a, b = (torch.as_tensor(np.array(value, np.float32)).to(self._device()) for value in (a, b))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+      raise ValueError(f"low-rank factors of {self.name!r} have shapes {list(a.shape)} and {list(b.shape)}; need [r, K] and [N, r]")
+    self.low_rank_a, self.low_rank_b = nn.Parameter(a), nn.Parameter(b)
+
+  @property
+  def has_low_rank(self) -> bool:
+    return self.low_rank_a is not None
+
+  def _device(self) -> torch.device:
+    held = next((b for b in self._buffers.values() if b is not None), None)
+    return torch.device("cpu") if held is None else held.device
+
   @property
   def bias_value(self) -> Tensor | None:
     """Calibrated bias of affine quantization, float32; None without one."""
@@ -258,6 +287,9 @@ class QuantizerState(nn.Module):
       if buffer is not None:
         moved = fn(buffer)
         self._buffers[key] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)  # statistics stay float32
+    for parameter in self._parameters.values():
+      if parameter is not None:
+        parameter.data = fn(parameter.data)
     self._refresh()
     return self
 
@@ -266,6 +298,10 @@ class QuantizerState(nn.Module):
       value = state_dict.get(prefix + key)
       if value is not None and self._buffers[key] is None:
         self._buffers[key] = torch.empty_like(value, dtype=value.dtype if key == "_key" else torch.float32)
+    for key in self._parameters:
+      value = state_dict.get(prefix + key)
+      if value is not None and self._parameters[key] is None:
+        self._parameters[key] = nn.Parameter(torch.empty_like(value))
     super()._load_from_state_dict(state_dict, prefix, *args)
     self._refresh()
 

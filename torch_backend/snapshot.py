@@ -15,12 +15,16 @@ _CONTAINERS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_s
 def restored_on_error(model: nn.Module) -> Iterator[None]:
   """Put classes, attributes, parameters and buffers of every module back if the body raises.
 
-  Attributes are kept by reference: the body may replace tensors, as everything in this package does, not write into them.
+  Attributes and the storage of parameters are kept by reference: the body may replace tensors, as everything in this package does, not
+  write into them.
   """
+  stored = [(p, p.data) for p in model.parameters() if not isinstance(p, nn.UninitializedParameter)]
   kept = [(module, type(module), dict(module.__dict__), _contents(module)) for module in model.modules()]
   try:
     yield
   except BaseException:
+    for parameter, data in stored:
+      parameter.data = data
     for module, cls, attributes, contents in kept:
       module.__class__ = cls
       module.__dict__.clear()

@@ -144,7 +144,7 @@ def inside(x: Tensor, spec: QuantSpec, amax: Tensor) -> Tensor:
   """Where x lies within its group's amax (its group's range, with a zero point). Bool, x's shape."""
   if spec.zero_point:
     return (x >= _spread(amax[0], x, spec)) & (x <= _spread(amax[1], x, spec))
-  return x.abs() <= _spread(amax, x, spec)
+  return x.abs() <= _spread(amax.abs(), x, spec)  # a signed amax is the sign of a scale
 
 
 def _spread(amax: Tensor, x: Tensor, spec: QuantSpec) -> Tensor:
@@ -161,15 +161,17 @@ def checked_amax(value: Any, current: Tensor | None, spec: QuantSpec, name: str)
   """An amax handed over by a user, as float32 on the quantizer's device.
 
   Raises:
-    ValueError: negative, NaN or infinite entries.
+    ValueError: NaN or infinite entries; negative ones where the specification has no signed scales.
   """
   device = current.device if current is not None else None
   tensor = torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone()
   if tensor.is_meta:
     return tensor
-  if not bool(torch.isfinite(tensor).all()) or (not spec.zero_point and bool((tensor < 0).any())):
+  signed = spec.zero_point or spec.allows_signed_scale
+  if not bool(torch.isfinite(tensor).all()) or (not signed and bool((tensor < 0).any())):
     raise ValueError(
-      f"amax of quantizer {name!r} must be finite and not negative; got values from {float(tensor.min())} to {float(tensor.max())}"
+      f"amax of quantizer {name!r} must be finite{'' if signed else ' and not negative'}; "
+      f"got values from {float(tensor.min())} to {float(tensor.max())}"
     )
   return tensor
 

@@ -10,11 +10,9 @@
 
 from core.config.algorithms import (
   ALGORITHMS,
-  IMPLEMENTED_ALGORITHMS,
   AlgorithmConfig,
   read_algorithm,
   register_algorithm_name,
-  substitute_unimplemented,
 )
 from core.config.edit import (
   append_rules,
@@ -88,7 +86,6 @@ __all__ = [
   "FP8_DEFAULT_CFG",
   "FP8_KV_CFG",
   "FP8_PER_CHANNEL_PER_TOKEN_CFG",
-  "IMPLEMENTED_ALGORITHMS",
   "INT4_AWQ_CFG",
   "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
   "INT8_DEFAULT_CFG",
@@ -157,7 +154,6 @@ __all__ = [
   "resolve_all",
   "save_config",
   "spec_from_attributes",
-  "substitute_unimplemented",
   "unmatched_patterns",
   "update_quant_cfg_with_kv_cache_quant",
 ]

@@ -9,7 +9,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
 
-from core.config.algorithms import AlgorithmConfig, substitute_unimplemented
+from core.config.algorithms import AlgorithmConfig
 from core.config.entries import Entry, QuantConfig, normalize, normalize_entries
 from core.config.matching import canonical_name, matches_class, matches_name
 from core.config.schema import QuantizerConfig
@@ -169,7 +169,6 @@ __all__ = [
   "normalize_entries",
   "resolve",
   "resolve_all",
-  "substitute_unimplemented",
   "unmatched_patterns",
   "wants_weights",
 ]

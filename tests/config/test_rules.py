@@ -197,25 +197,15 @@ def test_algorithms():
   assert config.read_algorithm([step.to_dict() for step in steps]) == steps
   assert config.read_algorithm(None) == config.read_algorithm({"method": None}) == ()
   assert hash(steps[1]) == hash(config.read_algorithm(steps[1].to_dict())[0])
-  assert {"max"} <= config.IMPLEMENTED_ALGORITHMS
 
 
-def test_substitution_of_what_is_not_there(monkeypatch):
+def test_options_of_an_algorithm_are_checked(monkeypatch):
   from core.config import algorithms
 
-  monkeypatch.setattr(algorithms, "IMPLEMENTED_ALGORITHMS", {"max"})
-  monkeypatch.setattr(algorithms, "IMPLEMENTED_CALIBRATORS", {"max"})
+  config.read_algorithm("max")  # the built-in ones are there
   monkeypatch.setattr(algorithms, "ALGORITHMS", dict(algorithms.ALGORITHMS))
-  entries = normalize_entries({"*": {**INT8, "calibrator": "histogram"}})
-  steps, messages = config.substitute_unimplemented(config.read_algorithm(["gptq", "smoothquant", "max"]), entries)
-  assert steps == (AlgorithmConfig("max"),)
-  assert [word for text in messages for word in ("gptq", "smoothquant", "histogram") if repr(word) in text] == [
-    "gptq", "smoothquant", "histogram"]  # fmt: skip
-  assert config.substitute_unimplemented(()) == ((), [])
   config.register_algorithm_name("mine", ("strength",))
-  mine = config.read_algorithm({"method": "mine", "strength": 2})
-  assert config.substitute_unimplemented(mine) == (mine, [])
-  assert config.substitute_unimplemented(mine, implemented={"max"})[0] == (AlgorithmConfig("max"),)
+  assert config.read_algorithm({"method": "mine", "strength": 2})[0].options == {"strength": 2}
   with pytest.raises(ValueError, match=r"algorithm 'mine': unknown key 'power'"):
     config.read_algorithm({"method": "mine", "power": 2})
 

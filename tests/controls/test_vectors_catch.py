@@ -12,6 +12,7 @@ from core.conformance import Runtime, run
 
 FILES = [
   "int",
+  "int_signed_scale",
   "e2m1",
   "e4m3",
   "granularity",
@@ -135,6 +136,11 @@ def sign_of_zero_lost(patch):
   patch.setattr(encoding, "_encode_float", lambda xp, level, fmt: original(xp, np.where(level == 0, np.float32(0), level), fmt))
 
 
+def sign_of_scale_lost(patch):
+  original = scaling._with_sign
+  patch.setattr(scaling, "_with_sign", lambda xp, amax, *rest: original(xp, np.abs(amax), *rest))
+
+
 def neighbour_random_bits(patch):
   original = core.bits.threefry2x32
   patch.setattr(core.bits, "threefry2x32", lambda key, count: original(key, count + 1))
@@ -160,6 +166,7 @@ BROKEN = [
   zero_scale_of_zero_blocks,
   bound_128,
   sign_of_zero_lost,
+  sign_of_scale_lost,
   neighbour_random_bits,
   zero_point_off_by_one,
 ]

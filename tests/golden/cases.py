@@ -51,6 +51,52 @@ def integers() -> list[Case]:
   return out
 
 
+def signed_scales() -> list[Case]:
+  """Negative amax: a negative scale for signed integers of full range under a float32 or float16 scale, a zero group elsewhere."""
+  out, awkward = [], exact.from_bits(0x40490FDB).value
+  for bits in (2, 3, 4, 8):
+    fmt = Int(bits)
+    first, second = grid(fmt)[-128:], grid(fmt, fl(awkward / fmt.bound))[-128:]
+    out.append(
+      Case(f"INT{bits}, grid at scale -1 and at amax = -pi", Spec(fmt, axis=(0,)), (2, len(first)), first + second, [-fmt.bound, -awkward])
+    )
+  edges = [0x42B8B000, bits_of(Fraction(2) ** -90), bits_of(Fraction(2) ** -90) - 1, bits_of(Fraction(2) ** 126) + 1, 0x7F7FFFFF, 1, 0]
+  policy = []
+  for a in edges:
+    q = exact.from_bits(a).value
+    policy += [
+      a,
+      a | NEGATIVE,
+      bits_of(fl(q * Fraction(2, 3))),
+      bits_of(fl(q / 5)) | NEGATIVE,
+      0x7F800000,
+      0xFF800000,
+      0x7FC00000,
+      NEGATIVE,
+    ]
+  amax = [-exact.from_bits(a).value for a in edges]
+  out.append(Case("INT4, range policy", Spec(Int(4), axis=(0,)), (len(edges), 8), policy, amax))
+  mixed = [fl(Fraction(n, 8) * (-1) ** n) for n in range(9, 17)]
+  blocks = {"blocks": ((-1, 16),)}
+  for label, spec in (
+    ("INT4", Spec(Int(4), **blocks)),
+    ("INT4 with float16 scales", Spec(Int(4), scale_format="FLOAT16", **blocks)),
+    ("INT8 with bound 127.5", Spec(Int(8), bound=Fraction(255, 2), **blocks)),
+    ("INT4 stochastic", Spec(Int(4), rounding="stochastic", **blocks)),
+    ("INT4 narrow: zero groups", Spec(Int(4, narrow=True), **blocks)),
+    ("UINT4: zero groups", Spec(Int(4, signed=False), **blocks)),
+    ("E4M3: zero groups", Spec(E4M3, **blocks)),
+    ("MXFP4: zero groups", Spec(E2M1, scale_format="E8M0", **blocks)),
+    ("NF4 with float16 scales: zero groups", Spec(NF4, scale_format="FLOAT16", **blocks)),
+  ):
+    key = (7, 8) if spec.rounding == "stochastic" else None
+    out.append(Case(f"{label}, block 16, amax of both signs", spec, (4, 32), normal(128, 140), mixed, key=key))
+  tiny = [-exact.from_bits(b).value for b in (0x2B000000, 0x33800000, 0x477FE000, 0x4F000000)]
+  half = Spec(Int(4), blocks=((-1, 16),), scale_format="FLOAT16")
+  out.append(Case("INT4 with float16 scales, amax from -2^-41 to -2^31", half, (4, 16), normal(64, 141), tiny))
+  return out
+
+
 def zero_points() -> list[Case]:
   out = []
   for fmt, label in ((Int(8), "INT8"), (Int(8, signed=False), "UINT8"), (Int(4), "INT4"), (Int(4, signed=False), "UINT4")):
@@ -164,6 +210,7 @@ _MX = (*_FLOATS, ("int8", Int(8, narrow=True)))
 # (file name, title, cases)
 FILES = [
   ("int", "INT2 to INT8, signed, narrow and unsigned", integers),
+  ("int_signed_scale", "negative amax: negative scales of signed integers", signed_scales),
   ("int_zero_point", "asymmetric integers", zero_points),
   *[(n, f"{n.upper()}: levels, midpoints, neighbours, range policy", functools.partial(element_cases, n.upper(), f)) for n, f in _FLOATS],
   ("granularity", "per tensor, channel, token, block, tiles, ragged tails", granularity),

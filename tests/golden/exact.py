@@ -190,6 +190,12 @@ class Spec:
   pad: bool = False
 
   @property
+  def signed_scale(self) -> bool:
+    """Whether a negative amax is a negative scale; otherwise it counts as zero."""
+    full_range = isinstance(self.element, Int) and self.element.signed and not self.element.narrow
+    return full_range and not self.zero_point and self.scale_format in (None, "FLOAT16")
+
+  @property
   def element_bound(self) -> Fraction:
     return self.element.bound if self.bound is None else self.bound
 
@@ -245,7 +251,7 @@ def codebook_code(v: Fraction, fmt: Codebook) -> int:
 
 def scaled(x: Real, inverse: Fraction) -> Fraction:
   """v = fl(x * inv_step), with its sign. An infinity, or a product beyond float32, becomes +-2^128: above every bound."""
-  huge = -(Fraction(2) ** 128) if x.negative else Fraction(2) ** 128
+  huge = -(Fraction(2) ** 128) if x.negative != (inverse < 0) else Fraction(2) ** 128
   if x.magnitude == INF:
     return huge
   try:
@@ -262,7 +268,7 @@ def code_and_value(x: Real, step: Fraction, inverse: Fraction, fmt: Int | Float 
   if isinstance(fmt, Int):
     code = integer_round(max(min(v, Fraction(fmt.high)), Fraction(fmt.low)), uniform)
     value = fl(code * step)
-    return code, Real(value < 0, abs(value))
+    return code, Real(value < 0 or (code == 0 and step < 0), abs(value))
   if isinstance(fmt, Codebook):
     code = codebook_code(v, fmt)
     value = fl(fmt.levels[code] * step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 from tests.golden import exact
@@ -106,6 +107,14 @@ def float16_scale(amax: Fraction, bound: Fraction) -> Group:
     return wide
   scale = exact.float_round(max(wide.step, Fraction(2) ** -24), FLOAT16)
   return Group(scale, fl(1 / scale), scale)
+
+
+def signed_scale(amax: Fraction, spec: Spec, rule: Callable[[Fraction, Fraction], Group]) -> Group:
+  """The scale of |amax| with the sign of amax, where the specification has signed scales; a zero group's is positive."""
+  if amax >= 0 or not spec.signed_scale:
+    return rule(amax, spec.element_bound)
+  group = rule(-amax, spec.element_bound)
+  return group if group.inverse == 0 else Group(-group.step, -group.inverse, -group.step)
 
 
 def e8m0_scale(amax: Fraction, spec: Spec) -> Group:
@@ -259,7 +268,7 @@ def _scales(x, shape, spec: Spec, groups, count, amax, tensor_amax):
   if spec.scale_format == "E8M0":
     return [e8m0_scale(a, spec) for a in amax], None, ()
   if spec.scale_format == "FLOAT16":
-    return [float16_scale(a, spec.element_bound) for a in amax], None, ()
+    return [signed_scale(a, spec, float16_scale) for a in amax], None, ()
   if spec.scale_format == "UINT8":
     last = scale_shape(shape, spec)[-1]
     rows = [list(range(r, r + last)) for r in range(0, count, last)]
@@ -270,7 +279,7 @@ def _scales(x, shape, spec: Spec, groups, count, amax, tensor_amax):
     blocks, block_shape = blocks_of(x, shape, spec, groups, count)
     scales = [two_level_scale(a, second, b, block_shape, spec) for a, b in zip(amax, blocks, strict=True)]
     return scales, [ONE if second is None else second], ()
-  return [float32_scale(a, spec.element_bound) for a in amax], None, ()
+  return [signed_scale(a, spec, float32_scale) for a in amax], None, ()
 
 
 def _element(x: Real, group: Group, spec: Spec, u: Fraction | None) -> tuple[int, Real]:

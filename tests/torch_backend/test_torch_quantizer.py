@@ -116,9 +116,13 @@ def test_amax_can_be_set_and_written_into():
   np.testing.assert_array_equal(quantizer(x).numpy(), core.fake_quantize(x.numpy(), quantizer.spec, np.float32(1)))
   quantizer.reset_amax()
   assert quantizer.amax is None and quantizer.step_size is None
-  for bad in (-1.0, float("nan"), float("inf")):
-    with pytest.raises(ValueError, match="finite and not negative"):
+  for bad in (float("nan"), float("inf")):
+    with pytest.raises(ValueError, match="finite; got"):
       quantizer.amax = bad
+  for attributes in (ATTRIBUTES["fp8"], ATTRIBUTES["int8 unsigned"], ATTRIBUTES["nvfp4 static"]):  # no signed scales
+    for bad in (-1.0, float("nan"), float("inf")):
+      with pytest.raises(ValueError, match="finite and not negative"):
+        TensorQuantizer(attributes).amax = bad
   with pytest.raises(ValueError, match=r"MXFP4.*no amax"):
     TensorQuantizer(ATTRIBUTES["mxfp4"]).amax = 1.0
 

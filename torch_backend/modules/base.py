@@ -34,8 +34,14 @@ class QuantInput(QuantModule):
     self.output_quantizer = TensorQuantizer(share_leading=True, enable=False)
 
   def forward(self, *args: Any, **kwargs: Any) -> Any:
+    beside = self._beside(args, kwargs)
     args, kwargs = self._quantized_arguments(args, kwargs)
-    return self._quantized_output(super().forward(*args, **kwargs))
+    output = super().forward(*args, **kwargs)
+    return self._quantized_output(output if beside is None else output + beside)
+
+  def _beside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What is added to the output before it is quantized."""
+    return None
 
   def _quantized_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with the first one, however it was passed, quantized."""
@@ -142,6 +148,16 @@ class QuantWeight(QuantInput):
       return super().forward(*args, **kwargs)
     finally:
       object.__setattr__(self, "_weight_in_use", None)
+
+  def _beside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The low-rank branch b (a x) of the scaled, unquantized input, where the weight quantizer has one."""
+    first = tensor_quantizers(self.weight_quantizer)[0]
+    a, b = first.low_rank_a, first.low_rank_b
+    if a is None or b is None:
+      return None
+    x = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
+    x = tensor_quantizers(self.input_quantizer)[0].scaled(x)
+    return nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
   def train(self, mode: bool = True) -> QuantWeight:
     self._weight_kept = None

@@ -1,0 +1,119 @@
+"""Host and Block: what a backend lets calibration see of a model. Names are dotted, in torch's spelling; tensors are numpy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from core.calibrate.layer import Change, Layer
+from core.spec import QuantSpec
+
+Visit = Callable[[tuple[str, ...], np.ndarray], None]
+"""Called with the names of the layers that read one and the same tensor, and that tensor as [T, K] float32."""
+TensorVisit = Callable[[str, np.ndarray], None]
+"""Called with the name of an activation quantizer and its input, float32, as it is."""
+
+PREPARED = "prepared"  # the input times pre_quant_scale, rotated: what the input quantizer rounds
+QUANTIZED = "quantized"  # the same after the input quantizer: what the weight is multiplied with
+
+
+class Block(Protocol):
+  """One of a chain of equal parts of a model, such as a decoder layer: it turns hidden states into hidden states."""
+
+  name: str
+  layers: tuple[str, ...]
+
+  def run(self, batch: int, hidden: Any, quantized: Collection[str] = (), visit: Visit | None = None, point: str = PREPARED) -> Any:
+    """Run the block on one batch.
+
+    Args:
+      batch: number of the calibration batch whose other arguments (masks, positions) are used.
+      hidden: [B, T, K], an array of the backend.
+      quantized: names of the layers that compute quantized; the others compute in float.
+      visit: called with the input of every layer.
+      point: PREPARED or QUANTIZED.
+
+    Returns:
+      [B, T, K], an array of the backend.
+    """
+    ...
+
+  def gradient(
+    self, batch: int, hidden: Any, target: Any, values: dict[str, np.ndarray], quantized: Collection[str] = ()
+  ) -> tuple[float, dict[str, np.ndarray]]:
+    """Mean squared error of the block's output and its gradient.
+
+    Args:
+      batch: as in `run`.
+      hidden: [B, T, K].
+      target: [B, T, K], what the output should be.
+      values: parameters to put in and to differentiate by: "<layer>.weight" in torch's layout, or the name of another parameter of
+        the block such as "input_layernorm.weight", relative to the block.
+      quantized: names of the layers whose inputs are quantized (straight through); weights are taken from `values` as they are.
+
+    Returns:
+      (loss, gradients by the same names, float32).
+    """
+    ...
+
+  def parameters(self) -> dict[str, np.ndarray]:
+    """The block's parameters that are no quantized weight (norms, biases), by name relative to the block."""
+    ...
+
+  def set_parameters(self, values: dict[str, np.ndarray]) -> None:
+    """Replace some of `parameters`."""
+    ...
+
+
+class Host(Protocol):
+  """A quantized model during one run of calibration."""
+
+  def layers(self) -> list[str]:
+    """Names of all layers with an enabled weight or input quantizer, in the model's order."""
+    ...
+
+  def layer(self, name: str) -> Layer:
+    """What is known of a layer now; no statistics."""
+    ...
+
+  def apply(self, name: str, change: Change) -> None:
+    """Carry out a change."""
+    ...
+
+  def settle(self) -> None:
+    """Bring everything that depends on several layers up to date: scales that siblings share, amax of inputs whose scale changed."""
+    ...
+
+  def calibrate_missing(self) -> None:
+    """Max-calibrate every static quantizer that has no amax."""
+    ...
+
+  def observe(self, visit: Visit, names: Collection[str] | None = None, point: str = PREPARED) -> None:
+    """Run the forward loop in float and show the input of every layer (of those named)."""
+    ...
+
+  def observe_tensors(self, visit: TensorVisit, names: Collection[str]) -> None:
+    """Run the forward loop in float and show the input of these activation quantizers."""
+    ...
+
+  def activation_specs(self) -> dict[str, QuantSpec]:
+    """Formats of the enabled activation quantizers (the first of a sequence), by name."""
+    ...
+
+  def set_amax(self, name: str, amax: np.ndarray | float) -> None:
+    """Set amax of one activation quantizer."""
+    ...
+
+  def blocks(self) -> Sequence[Block]:
+    """The model's chain of blocks; empty where there is none."""
+    ...
+
+  def block_inputs(self) -> list[Any]:
+    """Hidden states that enter the first block, one array per calibration batch."""
+    ...
+
+  def fingerprint(self) -> str:
+    """A hash of the model's weights and quantizers, to tell whether files of an interrupted run belong to it."""
+    ...

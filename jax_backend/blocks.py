@@ -1,0 +1,289 @@
+"""The chain of equal blocks of a Flax model, such as its decoder layers, and running one of them alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from core.calibrate.host import PREPARED, Visit
+from jax_backend import discover, layouts, taps, tree, watch
+from jax_backend.interceptors import INPUT, quantizing
+from jax_backend.lifted import with_params
+from jax_backend.quantizer import PASS, AnyQuantizer
+from jax_backend.taps import Tap
+from jax_backend.tree import Path
+
+_NUMBERED = re.compile(r"^(.*?)_?(\d+)$")
+
+
+@dataclasses.dataclass
+class Chain:
+  """Blocks of which each reads what the one before returns.
+
+  Attributes:
+    blocks: in order; empty where the model has no such chain.
+    hidden: what enters the first one, per batch.
+  """
+
+  blocks: list[JaxBlock]
+  hidden: list[Any]
+
+  @classmethod
+  def find(cls, host: Any, loop: Callable[[Any], Any] | None, exclude_padding: bool) -> Chain:
+    """Find the chain and record what its blocks are called with, for every batch of the forward loop.
+
+    An abstract trace shows whether the blocks are a chain; then only what stands around them is computed.
+    """
+    paths = _candidate([place.path for place in host.places.values() if not place.index])
+    if loop is None or len(paths) < 2:
+      return cls([], [])
+    recorder = _Recorder(host, paths, exclude_padding)
+    loop(recorder)
+    if not recorder.is_chain or len(recorder.modules) != len(paths):
+      return cls([], [])
+    blocks = [JaxBlock(host, path, recorder.modules[path], recorder.calls[path]) for path in paths]
+    return cls(blocks, recorder.hidden)
+
+
+def _candidate(layers: list[Path]) -> list[Path]:
+  """Paths of the numbered siblings ("layers_0", "layers_1", ...) that hold most of the layers."""
+  families: dict[tuple[Path, str], dict[int, Path]] = {}
+  counts: dict[tuple[Path, str], int] = {}
+  for path in layers:
+    for depth, part in enumerate(path[:-1]):
+      numbered = _NUMBERED.match(part)
+      if numbered:
+        key = (path[:depth], numbered[1])
+        families.setdefault(key, {})[int(numbered[2])] = path[: depth + 1]
+        counts[key] = counts.get(key, 0) + 1
+  if not families:
+    return []
+  best = max(families, key=lambda key: (counts[key] if len(families[key]) > 1 else 0, -len(key[0])))
+  return [families[best][i] for i in sorted(families[best])]
+
+
+@dataclasses.dataclass
+class Call:
+  """Arguments of one block in one batch (the hidden states among them are replaced), and the padding mask of that batch."""
+
+  args: tuple[Any, ...]
+  kwargs: dict[str, Any]
+  mask: np.ndarray | None
+
+
+class _Recorder:
+  """Runs the model with its blocks passed over and records what they are called with."""
+
+  def __init__(self, host: Any, paths: list[Path], exclude_padding: bool) -> None:
+    self._host = host
+    self._order = {path: i for i, path in enumerate(paths)}
+    self._exclude_padding = exclude_padding
+    self._previous: Any = None
+    self._rest: dict[Path, Any] = {}
+    self._traced = False
+    self._tracing = False
+    self._mask: np.ndarray | None = None
+    self.is_chain = True
+    self.modules: dict[Path, nn.Module] = {}
+    self.calls: dict[Path, list[Call]] = {path: [] for path in paths}
+    self.hidden: list[Any] = []
+
+  def __call__(self, *args: Any, rngs: Any = None, method: Any = None, mutable: Any = False, **kwargs: Any) -> Any:
+    self._mask = watch.mask_of(kwargs) if self._exclude_padding else None
+    if not self._traced:
+      self._tracing, self._traced = True, True
+      dynamic, rest = discover.split_arrays(args, kwargs)
+
+      def abstract(dynamic: Any) -> Any:
+        inner_args, inner_kwargs = discover.join_arrays(dynamic, rest)
+        return self._apply(inner_args, inner_kwargs, rngs, method, mutable)
+
+      jax.eval_shape(abstract, dynamic)
+      self._tracing = False
+      self.is_chain = self.is_chain and len(self.modules) == len(self._order)
+    return self._apply(args, kwargs, rngs, method, mutable)
+
+  def apply(self, _: Any, *args: Any, **kwargs: Any) -> Any:
+    """As `__call__`, for loops that are written with `model.apply(variables, batch)`."""
+    return self(*args, **kwargs)
+
+  def _apply(self, args: Any, kwargs: Any, rngs: Any, method: Any, mutable: Any) -> Any:
+    variables = self._host.variables
+    plain = {name: value for name, value in variables.items() if name != "quant"}
+    with nn.intercept_methods(self._intercept):
+      return self._host.qmodule.module.apply(plain, *args, rngs=rngs, method=method, mutable=mutable, **kwargs)
+
+  def _intercept(self, next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    path = tuple(context.module.path) if context.module.scope is not None else ()
+    if path not in self._order or context.method_name != "__call__" or not args or not hasattr(args[0], "dtype"):
+      return next_fun(*args, **kwargs)
+    if self._tracing:
+      return self._trace(next_fun, path, args, kwargs, context)
+    if not self.is_chain:
+      return next_fun(*args, **kwargs)
+    if path not in self.modules:
+      self.modules[path] = context.module.clone(parent=None, name=None)
+    if self._order[path] == 0:
+      self.hidden.append(args[0])
+    self.calls[path].append(Call(args[1:], kwargs, self._mask))
+    rest = self._rest[path]
+    return args[0] if rest is None else (args[0], *rest)
+
+  def _trace(self, next_fun: Any, path: Path, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    if path in self._rest:  # the inside of a lifted method (nn.remat) that has been seen from outside
+      return next_fun(*args, **kwargs)
+    place = self._order[path]
+    if place and args[0] is not self._previous:
+      self.is_chain = False
+    self._rest[path] = None
+    y = next_fun(*args, **kwargs)
+    self.modules[path] = context.module.clone(parent=None, name=None)
+    self._rest[path] = tuple(y[1:]) if isinstance(y, tuple) else None
+    self._previous = y[0] if isinstance(y, tuple) else y
+    if getattr(self._previous, "shape", None) != args[0].shape or (self._rest[path] or (None,))[0] is not None:
+      self.is_chain = False
+    return y
+
+
+class JaxBlock:
+  """One block (`core.calibrate.host.Block`)."""
+
+  def __init__(self, host: Any, path: Path, module: nn.Module, calls: list[Call]) -> None:
+    self._host = host
+    self._path = path
+    self._module = module
+    self._calls = calls
+    self.name = tree.full_name(path, "x").removesuffix(".x")
+    self._places = {name: place.path[len(path) :] for name, place in host.places.items() if place.path[: len(path)] == path}
+    self._names = {relative: name for name, relative in self._places.items()}
+    self.layers = tuple(self._places)
+
+  def run(self, batch: int, hidden: Any, quantized: Collection[str] = (), visit: Visit | None = None, point: str = PREPARED) -> Any:
+    call = self._calls[batch]
+    quant = self._quant(quantized, quantized)
+    tap = None
+    if visit is not None:
+      keys = [(path, INPUT) for path in self._places.values() if self._host._is_linear((*self._path, *path))]
+      tap = watch.tap_of(quant, keys, point)
+    dynamic, rest = discover.split_arrays((hidden, *call.args), call.kwargs)
+    y, tensors, aliases = _run(self._module, rest, tap, self._variables(), quant, dynamic)
+    if visit is not None:
+      watch.hand_out(tensors, aliases.value, functools.partial(self._visit, visit), call.mask)
+    return y
+
+  def _visit(self, visit: Visit, members: Any, x: np.ndarray, mask: Any) -> None:
+    from jax_backend.host import rows_of
+
+    visit(tuple(self._names[path] for path, _ in members), rows_of(x, mask))
+
+  def gradient(
+    self, batch: int, hidden: Any, target: Any, values: dict[str, np.ndarray], quantized: Collection[str] = ()
+  ) -> tuple[float, dict[str, np.ndarray]]:
+    call = self._calls[batch]
+    dynamic, rest = discover.split_arrays((hidden, *call.args), call.kwargs)
+    names = tuple(self._relative(name) for name in values)
+    mask = None if call.mask is None else jnp.asarray(call.mask, jnp.float32)
+    quant = self._quant((), quantized)
+    given = {relative: jnp.asarray(value) for relative, value in zip(names, values.values(), strict=True)}
+    loss, found = _gradient(self._module, rest, self._variables(), quant, dynamic, target, mask, given)
+    return float(loss), {name: np.asarray(found[relative]) for name, relative in zip(values, names, strict=True)}
+
+  def parameters(self) -> dict[str, np.ndarray]:
+    return {".".join(path): np.array(value, np.float32) for path, value in self._free()}
+
+  def set_parameters(self, values: dict[str, np.ndarray]) -> None:
+    held = dict(self._free())
+    for name, value in values.items():
+      path = next(p for p in held if ".".join(p) == name)
+      new = jnp.asarray(value, held[path].dtype)
+      self._host.variables["params"] = tree.replaced(self._host.variables["params"], (*self._path, *path), new)
+
+  def _free(self) -> list[tuple[Path, Any]]:
+    weights = {(*path, str(self._host._quant[(*self._path, *path), "weight_quantizer"].param)) for path in self._places.values()}
+    own = tree.lookup(self._host.variables["params"], self._path)
+    return [(path, value) for path, value in _leaves(own) if path not in weights]
+
+  def _relative(self, name: str) -> str:
+    """Name of a value below the block: of a layer's weight by its Flax path, so that blocks share a compilation."""
+    layer = name.removesuffix(".weight")
+    if name.endswith(".weight") and layer in self._places:
+      path = self._places[layer]
+      return ".".join((*path, str(self._host._quant[(*self._path, *path), "weight_quantizer"].param)))
+    return name
+
+  def _variables(self) -> dict[str, Any]:
+    below = {name: tree.lookup(value, self._path) for name, value in self._host.variables.items() if name != "quant"}
+    return {name: value for name, value in below.items() if value is not None}
+
+  def _quant(self, weights: Collection[str], inputs: Collection[str]) -> dict[str, Any]:
+    """Quantizers below the block, those of other layers letting their input pass, without what names the block."""
+    made = {}
+    for path, name, quantizer in tree.items(self._host.quant_below(self._path)):
+      layer = self._names.get(path, "")
+      on = layer in (weights if quantizer.param is not None else inputs)
+      made[path, name] = _bare(quantizer if on else quantizer.with_mode(PASS))
+    return tree.build(made)
+
+
+def _bare(quantizer: AnyQuantizer) -> AnyQuantizer:
+  return quantizer.map(lambda q: q.replace(parent_classes=(), group=None))
+
+
+def _leaves(node: Any, path: Path = ()) -> list[tuple[Path, Any]]:
+  if isinstance(node, Mapping):
+    return [leaf for name, below in node.items() for leaf in _leaves(below, (*path, name))]
+  return [(path, meta.unbox(node))]
+
+
+def _apply(module: nn.Module, rest: Any, variables: Any, quant: Any, dynamic: Any) -> tuple[Any, Any]:
+  args, kwargs = discover.join_arrays(dynamic, rest)
+  mounted = {**variables, "params": tree.mount(variables.get("params", {}), quant)}
+  with nn.intercept_methods(quantizing):
+    y, updates = module.apply(mounted, *args, mutable=with_params(False), **kwargs)
+  return (y[0] if isinstance(y, tuple) else y), updates["params"]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(module: nn.Module, rest: Any, tap: Tap | None, variables: Any, quant: Any, dynamic: Any) -> Any:
+  with taps.tapping(tap):
+    y, params = _apply(module, rest, variables, quant, dynamic)
+  tensors, aliases = taps.shown(params)
+  return y, taps.unkeyed(tensors), watch.Static(aliases)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradient(module: nn.Module, rest: Any, variables: Any, quant: Any, dynamic: Any, target: Any, mask: Any, values: Any) -> Any:
+  def loss_of(values: Any) -> Any:
+    params, quantizers = variables["params"], quant
+    for name, value in values.items():
+      params, quantizers = _with_value(params, quantizers, tuple(name.split(".")), value)
+    y, _ = _apply(module, rest, {**variables, "params": params}, quantizers, dynamic)
+    squares = jnp.square(y.astype(jnp.float32) - target.astype(jnp.float32))
+    if mask is None or mask.shape != squares.shape[:-1]:
+      return jnp.mean(squares)
+    return jnp.sum(squares * mask[..., None]) / (jnp.sum(mask) * squares.shape[-1])
+
+  return jax.value_and_grad(loss_of)(values)
+
+
+def _with_value(params: Any, quant: Any, path: Path, value: Any) -> tuple[Any, Any]:
+  """The trees with one value in place: a weight (given in torch's layout), another parameter, or a low-rank factor of a quantizer."""
+  quantizer = tree.lookup(quant, path[:-1])
+  if path[-1] in ("low_rank_a", "low_rank_b") and quantizer is not None:
+    first = quantizer.leaves[0]
+    changed = quantizer.map(lambda q: q.replace(**{path[-1]: value}) if q is first else q)
+    return params, tree.replaced(quant, path[:-1], changed)
+  held = meta.unbox(tree.lookup(params, path))
+  owner = tree.lookup(quant, (*path[:-1], "weight_quantizer"))
+  if owner is not None and owner.param == path[-1]:
+    value = layouts.from_torch(value, owner.layout, held.shape)
+  return tree.replaced(params, path, value.astype(held.dtype)), quant
