@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
@@ -210,7 +210,7 @@ class JaxBlock:
   def _free(self) -> list[tuple[Path, Any]]:
     weights = {(*path, str(self._host._quant[(*self._path, *path), "weight_quantizer"].param)) for path in self._places.values()}
     own = tree.lookup(self._host.variables["params"], self._path)
-    return [(path, value) for path, value in _leaves(own) if path not in weights]
+    return [(path, value) for path, value in tree.leaves(own) if path not in weights]
 
   def _relative(self, name: str) -> str:
     """Name of a value below the block: of a layer's weight by its Flax path, so that blocks share a compilation."""
@@ -236,12 +236,6 @@ class JaxBlock:
 
 def _bare(quantizer: AnyQuantizer) -> AnyQuantizer:
   return quantizer.map(lambda q: q.replace(parent_classes=(), group=None))
-
-
-def _leaves(node: Any, path: Path = ()) -> list[tuple[Path, Any]]:
-  if isinstance(node, Mapping):
-    return [leaf for name, below in node.items() for leaf in _leaves(below, (*path, name))]
-  return [(path, meta.unbox(node))]
 
 
 def _apply(module: nn.Module, rest: Any, variables: Any, quant: Any, dynamic: Any) -> tuple[Any, Any]:

@@ -175,6 +175,7 @@ def run(
   if create is not None and forward_loop is not None and not (algorithm and algorithm[0].method in _ALGORITHMS):
     result = {**result, "quant": _discovered(qmodule, result, forward_loop, create)}
     create = None
+  teacher = _teacher(qmodule, result, algorithm, forward_loop)
   for step in algorithm:
     options = thaw(step.options)
     if step.method in _ALGORITHMS:
@@ -182,12 +183,22 @@ def run(
     else:
       from jax_backend.host import JaxHost  # it calls back into this file
 
-      host = JaxHost(qmodule, result, forward_loop, bool(options.get("exclude_padding", False)))
+      host = JaxHost(qmodule, result, forward_loop, bool(options.get("exclude_padding", False)), teacher)
       driver.run(host, algorithms.find(str(step.method), "jax_backend"), options, report)
       result = host.variables
     create = None
   _warn_uncalibrated(result, forward_loop)
   return result
+
+
+def _teacher(qmodule: QuantModule, qvariables: Mapping[str, Any], algorithm: Any, forward_loop: ForwardLoop | None) -> Any:
+  """What the float model returns, where one of the algorithms tunes the whole model towards it; else None."""
+  wants = [step for step in algorithm if step.method not in _ALGORITHMS and algorithms.find(str(step.method), "jax_backend").teacher]
+  if not wants or forward_loop is None:
+    return None
+  from jax_backend.distill import Teacher
+
+  return Teacher.record(qmodule, qvariables, forward_loop, bool(wants[0].options.get("exclude_padding", False)))
 
 
 class Shapes(Runner):

@@ -19,6 +19,7 @@ from jax_backend import groups, layouts, tree, weights
 from jax_backend.apply import QuantModule
 from jax_backend.blocks import Chain, JaxBlock
 from jax_backend.calibrate import collect_activations, missing_calibrated
+from jax_backend.distill import Distillation, Teacher
 from jax_backend.interceptors import INPUT
 from jax_backend.layouts import SAME, Layout
 from jax_backend.quantizer import AnyQuantizer, Quantizer
@@ -49,13 +50,20 @@ class JaxHost:
     qvariables: its variables with quantizers.
     forward_loop: runs the model on calibration data, or None.
     exclude_padding: leave out tokens that the call's `attention_mask` [B, T] marks as padding.
+    teacher: what the float model returned, for algorithms that tune the whole model.
   """
 
   backend = "jax"
 
   def __init__(
-    self, qmodule: QuantModule, qvariables: Mapping[str, Any], forward_loop: Callable[[Any], Any] | None, exclude_padding: bool = False
+    self,
+    qmodule: QuantModule,
+    qvariables: Mapping[str, Any],
+    forward_loop: Callable[[Any], Any] | None,
+    exclude_padding: bool = False,
+    teacher: Teacher | None = None,
   ) -> None:
+    self._teacher = teacher
     self.qmodule = qmodule
     self.variables = dict(qvariables)
     self._loop = forward_loop
@@ -273,6 +281,35 @@ class JaxHost:
     """The quantizer tree of the modules below a path."""
     below = {(p[len(path) :], name): q for (p, name), q in self._quant.items() if p[: len(path)] == path}
     return tree.build(below)
+
+  def student(self) -> Distillation:
+    if self._teacher is None:
+      raise ValueError("nothing of the float model was recorded; this algorithm needs a forward_loop")
+    return Distillation(self, self._teacher)
+
+  def float_weights(self) -> dict[str, np.ndarray]:
+    if self._teacher is None:
+      return {}
+    found = {}
+    for name, place in self.places.items():
+      quantizer = self._quant[place.path, WEIGHT]
+      held = jnp.asarray(meta.unbox(tree.lookup(self._teacher.variables["params"], (*place.path, str(quantizer.param)))))
+      front = weights.to_front(held, quantizer.stack)[place.index]
+      found[name] = np.asarray(layouts.to_torch(front, quantizer.layout), np.float32)
+    return found
+
+  def quantizer(self, path: Path) -> AnyQuantizer:
+    """The weight quantizer of a layer."""
+    return self._quant[path, WEIGHT]
+
+  def set_low_rank(self, name: str, a: np.ndarray, b: np.ndarray) -> None:
+    """Give a layer these low-rank factors."""
+    place = self.places[name]
+    self._quant[place.path, WEIGHT] = self._with_low_rank(place, a, b)
+
+  def synced(self) -> dict[str, Any]:
+    """The variables as they are now."""
+    return self._sync()
 
   def fingerprint(self) -> str:
     digest = hashlib.sha256()

@@ -80,6 +80,13 @@ def lookup(tree: Any, path: Path) -> Any:
   return tree
 
 
+def leaves(node: Any, path: Path = ()) -> list[tuple[Path, Any]]:
+  """(path, array) of a tree of parameters, out of their boxes."""
+  if isinstance(node, Mapping):
+    return [leaf for name, below in node.items() for leaf in leaves(below, (*path, name))]
+  return [(path, meta.unbox(node))]
+
+
 def replaced(node: Any, path: Path, value: Any) -> Any:
   """The tree with another value at a path; a boxed parameter keeps its box."""
   if not path:

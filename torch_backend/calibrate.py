@@ -79,6 +79,7 @@ def run(
   if forward_loop is not None and not callable(forward_loop):
     raise TypeError(f"forward_loop must be a function of the model, got {type(forward_loop).__name__}")
   with evaluation(model), torch.no_grad():
+    teacher = _teacher(model, algorithm, forward_loop)
     for step in algorithm:
       options = thaw(step.options)
       if step.method in _ALGORITHMS:
@@ -86,9 +87,21 @@ def run(
       else:
         from torch_backend.host import TorchHost  # it calls back into this file
 
-        host = TorchHost(model, forward_loop, bool(options.get("exclude_padding", False)))
+        host = TorchHost(model, forward_loop, bool(options.get("exclude_padding", False)), teacher)
         driver.run(host, algorithms.find(str(step.method), "torch_backend"), options, report)
   _warn_uncalibrated(model, forward_loop)
+
+
+def _teacher(model: nn.Module, algorithm: tuple[AlgorithmConfig, ...], forward_loop: ForwardLoop | None) -> Any:
+  """What the float model returns, where one of the algorithms tunes the whole model towards it; else None."""
+  wants = [step for step in algorithm if step.method not in _ALGORITHMS and algorithms.find(str(step.method), "torch_backend").teacher]
+  if not wants or forward_loop is None:
+    return None
+  from torch_backend.distill import Teacher
+  from torch_backend.host import unquantized
+
+  with unquantized(model):
+    return Teacher.record(model, forward_loop, bool(wants[0].options.get("exclude_padding", False)))
 
 
 @register_algorithm("max")

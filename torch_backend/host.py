@@ -19,6 +19,7 @@ from core.spec import QuantSpec
 from torch_backend import groups
 from torch_backend.blocks import Chain, TorchBlock
 from torch_backend.calibrate import activations, calibrate_activations, calibrate_missing, calibrate_tensor
+from torch_backend.distill import Distillation, Teacher
 from torch_backend.inputs import InputWatch, PaddingMask
 from torch_backend.modules import QuantWeight
 from torch_backend.modules.base import QuantTable
@@ -38,12 +39,20 @@ class TorchHost:
     model: a quantized model, in evaluation mode.
     forward_loop: runs it on calibration data, or None.
     exclude_padding: leave out tokens that the call's `attention_mask` [B, T] marks as padding.
+    teacher: what the float model returned, for algorithms that tune the whole model.
   """
 
   backend = "torch"
 
-  def __init__(self, model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, exclude_padding: bool = False) -> None:
+  def __init__(
+    self,
+    model: nn.Module,
+    forward_loop: Callable[[nn.Module], Any] | None,
+    exclude_padding: bool = False,
+    teacher: Teacher | None = None,
+  ) -> None:
     self.model = model
+    self._teacher = teacher
     self._loop = forward_loop
     self._exclude_padding = exclude_padding
     self._modules = {name: module for name, module in model.named_modules() if isinstance(module, QuantWeight)}
@@ -199,6 +208,14 @@ class TorchHost:
       with unquantized(self.model), PaddingMask(self.model, self._exclude_padding) as mask:
         self._chain = Chain.find(self.model, self._loop, self._modules, mask)
     return self._chain
+
+  def student(self) -> Distillation:
+    if self._teacher is None:
+      raise ValueError("nothing of the float model was recorded; this algorithm needs a forward_loop")
+    return Distillation(self.model, self._teacher)
+
+  def float_weights(self) -> dict[str, np.ndarray]:
+    return {} if self._teacher is None else self._teacher.weights
 
   def fingerprint(self) -> str:
     digest = hashlib.sha256()

@@ -7,7 +7,7 @@ import importlib
 
 from core.calibrate.registry import ALGORITHMS, Algorithm
 
-FILES: tuple[str, ...] = ("builtin_scaling", "builtin_weights", "builtin_gptq")
+FILES: tuple[str, ...] = ("builtin_scaling", "builtin_weights", "builtin_gptq", "builtin_distill")
 
 
 def load() -> None:

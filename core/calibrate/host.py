@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from core.calibrate.distill import Student
 from core.calibrate.layer import Change, Layer
 from core.spec import QuantSpec
 
@@ -112,6 +113,18 @@ class Host(Protocol):
 
   def block_inputs(self) -> list[Any]:
     """Hidden states that enter the first block, one array per calibration batch."""
+    ...
+
+  def student(self) -> Student:
+    """The model beside the outputs of its float self (`core.calibrate.distill`).
+
+    Raises:
+      ValueError: nothing was recorded.
+    """
+    ...
+
+  def float_weights(self) -> dict[str, np.ndarray]:
+    """The layers' weights before the first algorithm changed them, by name; only where a teacher was recorded."""
     ...
 
   def fingerprint(self) -> str:

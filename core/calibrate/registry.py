@@ -33,6 +33,7 @@ class Algorithm:
     whole: it drives the host itself, for what needs several layers at a time.
     options: names of its options.
     weights_only: layers whose weight is not quantized are left out.
+    teacher: it needs what the float model returned, recorded before anything changes.
   """
 
   name: str
@@ -43,6 +44,7 @@ class Algorithm:
   whole: bool = False
   options: tuple[str, ...] = ()
   weights_only: bool = True
+  teacher: bool = False
 
   def wanted(self, options: Mapping[str, Any]) -> tuple[str, ...]:
     """Statistics under these options."""
@@ -64,6 +66,7 @@ def register_algorithm(
   point: str | Callable[[Mapping[str, Any]], str] = PREPARED,
   whole: bool = False,
   weights_only: bool = True,
+  teacher: bool = False,
   also: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
   """Decorator that makes `algorithm: name` run a function of numpy arrays, in PyTorch and in JAX.
@@ -79,6 +82,7 @@ def register_algorithm(
     point: observe inputs as the input quantizer gets them ("prepared") or returns them ("quantized"); or a function of the options.
     whole: call it once, with (host, run), to drive the model itself.
     weights_only: only layers with a quantized weight.
+    teacher: record what the float model returns before the first algorithm of the list runs (`host.student()`).
     also: further option names that are accepted and have no effect here (options of ModelOpt about its own machinery).
 
   Raises:
@@ -95,7 +99,7 @@ def register_algorithm(
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     options = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
     wanted = statistics if callable(statistics) else tuple(statistics)
-    ALGORITHMS[name] = Algorithm(name, function, wanted, grouped, point, whole, options, weights_only)
+    ALGORITHMS[name] = Algorithm(name, function, wanted, grouped, point, whole, options, weights_only, teacher)
     register_algorithm_name(name, None if open_ended else (*options, *also))
     return function
 

@@ -56,7 +56,7 @@ def test_set_quantizer_by_cfg():
 
 @pytest.mark.parametrize("preset,static", [("FP8_DEFAULT_CFG", False), ("NVFP4_DEFAULT_CFG", False), ("NVFP4_FOUR_OVER_SIX_CFG", True)])
 def test_siblings_share_their_tensor_scale(preset, static):
-  shared, alone = llama(preset), llama(preset, group_rules=())
+  shared, alone = llama(preset, algorithm="max"), llama(preset, group_rules=(), algorithm="max")
   for layer, other in zip(shared.model.layers, alone.model.layers, strict=True):
     for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
       parents = (layer.self_attn, other.self_attn) if "q_proj" in members else (layer.mlp, other.mlp)
