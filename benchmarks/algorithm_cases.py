@@ -25,6 +25,10 @@ class Case:
     weight: attributes of every linear layer's weight quantizer.
     input: attributes of the input quantizers; None leaves inputs in float.
     peer: ModelOpt can run it.
+    rival: of our own configurations: the ModelOpt run that it is held against; "" takes the best of all four-bit integer runs.
+    added_limit: largest allowed ratio of added NLL to the rival's on the first text; on the second it must be below 1.
+    kl_limit: the same for KL.
+    cpu_limit: CPU seconds of calibration allowed, or None.
   """
 
   name: str
@@ -32,6 +36,10 @@ class Case:
   weight: dict[str, Any]
   input: dict[str, Any] | None = None
   peer: bool = True
+  rival: str = ""
+  added_limit: float = 1.0
+  kl_limit: float = 1.0
+  cpu_limit: float | None = None
 
   @property
   def nvfp4(self) -> bool:
@@ -70,8 +78,35 @@ CASES = (
   Case("nvfp4-awq_lite", {"method": "awq_lite", "alpha_step": 0.1}, NVFP4, NVFP4),
 )
 
-# Our own four-bit configurations, held against ModelOpt's best four-bit integer run.
-OWN: tuple[Case, ...] = ()
+_GPTQ = {"method": "gptq", "act_order": True, "scale_search": "signed", "layerwise": True, "correction": 0.5}
+_NVFP4_GPTQ = {"method": "gptq", "act_order": True, "layerwise": True}
+_SVDQUANT = {"method": "svdquant", "lowrank": 32}
+NVFP4_FOUR_OVER_SIX = {"num_bits": (2, 1), "block_sizes": {**NVFP4["block_sizes"], "four_over_six": True}}
+
+# Our own four-bit configurations: what is stored has as many bits as the rival's.
+OWN: tuple[Case, ...] = (
+  Case("int4-gptq_corrected", [_GPTQ], INT4, peer=False, added_limit=0.5, kl_limit=0.5, cpu_limit=250),
+  Case(
+    "int4-gptq_distilled",
+    [{**_GPTQ, "true_sequential": True}, {"method": "distill", "epochs": 5, "parts": ["scales", "norms", "rounding"]}],
+    INT4,
+    peer=False,
+    added_limit=1 / 3,
+    kl_limit=1 / 3,
+    cpu_limit=900,
+  ),
+  Case("nvfp4-svdquant_gptq", [_SVDQUANT, _NVFP4_GPTQ], NVFP4, NVFP4, peer=False, rival="nvfp4-svdquant"),
+  Case(
+    "nvfp4-svdquant_gptq_distilled",
+    [_SVDQUANT, _NVFP4_GPTQ, {"method": "distill", "epochs": 3, "parts": ["norms", "low_rank"]}],
+    NVFP4,
+    NVFP4_FOUR_OVER_SIX,
+    peer=False,
+    rival="nvfp4-svdquant",
+    added_limit=0.65,
+    kl_limit=0.87,
+  ),
+)
 
 
 def choose(names: Iterable[str]) -> list[Case]:
