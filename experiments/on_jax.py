@@ -37,6 +37,7 @@ class Model:
 
   def __init__(self, module: Any, variables: Mapping[str, Any], jit: bool = False) -> None:
     self.module, self.variables, self.jit = module, variables, jit
+    self.parts: dict[str, Any] = {}
     self._compiled = jax.jit(lambda variables, ids: _result(module.apply(variables, ids)))
 
   @classmethod
@@ -51,8 +52,14 @@ class Model:
       return np.asarray(self._compiled(self.variables, ids))
     return np.asarray(_result(self.module.apply(self.variables, jnp.asarray(ids))))
 
-  def quantize(self, config: Mapping[str, Any], batches: Sequence[np.ndarray], group_rules: Sequence[str] | None = None) -> Quantized:
-    """A quantized version, calibrated on these batches."""
+  def quantize(
+    self,
+    config: Mapping[str, Any],
+    batches: Sequence[np.ndarray],
+    group_rules: Sequence[str] | None = None,
+    report: list[dict[str, Any]] | None = None,
+  ) -> Quantized:
+    """A quantized version, calibrated on these batches; `report` gets what calibration says of each layer."""
     # One compilation per batch shape: a shorter last batch would cost a second one.
     full = max(len(ids) for ids in batches)
     whole = [ids for ids in batches if len(ids) == full]
@@ -62,12 +69,37 @@ class Model:
       for ids in whole + rest:
         model(ids)
 
-    quantized = jax_backend.quantize(self.module, self.variables, config, loop, group_rules=group_rules)
+    quantized = jax_backend.quantize(self.module, self.variables, config, loop, group_rules=group_rules, report=report)
     return Quantized(*quantized, self.jit)
+
+  def _run(self, ids: np.ndarray) -> np.ndarray:
+    return np.asarray(_result(self.module.apply(self.variables, jnp.asarray(ids))))
+
+  def layer_io(self, ids: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, dict[str, tuple[Any, Any]]]:
+    """As `on_torch.Model.layer_io`, operation by operation."""
+    found: dict[str, tuple[Any, Any]] = {}
+    self.parts = {}
+
+    def watch(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+      output = next_fun(*args, **kwargs)
+      name = canonical_name("/".join(context.module.path))
+      if context.method_name == "__call__" and name in names:
+        found[name] = (args[0], output)
+        self.parts[name] = (tuple(context.module.path), context.module.clone(parent=None, name=None))
+      return output
+
+    with nn.intercept_methods(watch):
+      return self._run(ids), found
 
 
 class Quantized(Model):
   """A quantized model."""
+
+  def alone(self, name: str, x: Any) -> Any:
+    """What one layer makes of an input; after `layer_io`, which finds the layers."""
+    path, part = self.parts[name]
+    below = {key: tree.lookup(value, path) for key, value in self.variables.items()}
+    return jax_backend.QuantModule(part).apply({key: value for key, value in below.items() if value is not None}, x)
 
   def leaves(self) -> dict[str, tuple[Leaf, ...]]:
     found = {name: _leaves(q) for name, q in self.quantizers().items() if q.is_enabled}

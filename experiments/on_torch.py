@@ -54,18 +54,43 @@ class Model:
   def __call__(self, ids: np.ndarray) -> np.ndarray:
     return numpy_of(_result(self.model(torch.from_numpy(ids).long())))
 
-  def quantize(self, config: Mapping[str, Any], batches: Sequence[np.ndarray], group_rules: Sequence[str] | None = None) -> Quantized:
-    """A quantized copy, calibrated on these batches."""
+  def quantize(
+    self,
+    config: Mapping[str, Any],
+    batches: Sequence[np.ndarray],
+    group_rules: Sequence[str] | None = None,
+    report: list[dict[str, Any]] | None = None,
+  ) -> Quantized:
+    """A quantized copy, calibrated on these batches; `report` gets what calibration says of each layer."""
 
     def loop(model: nn.Module) -> None:
       for ids in batches:
         model(torch.from_numpy(ids).long())
 
-    return Quantized(torch_backend.quantize(copy.deepcopy(self.model), config, loop, group_rules=group_rules))
+    return Quantized(torch_backend.quantize(copy.deepcopy(self.model), config, loop, group_rules=group_rules, report=report))
+
+  @torch.no_grad()
+  def layer_io(self, ids: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, dict[str, tuple[Any, Any]]]:
+    """Run one batch: (the model's result, layer name -> (input, output), the backend's own arrays)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    handles = [
+      self.model.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: found.__setitem__(name, (args[0], output)))
+      for name in names
+    ]
+    try:
+      return self(ids), found
+    finally:
+      for handle in handles:
+        handle.remove()
 
 
 class Quantized(Model):
   """A quantized model."""
+
+  @torch.no_grad()
+  def alone(self, name: str, x: Any) -> Any:
+    """What one layer makes of an input."""
+    return self.model.get_submodule(name)(x)
 
   def leaves(self) -> dict[str, tuple[Leaf, ...]]:
     found = {name: _leaves(q) for name, q in torch_backend.quantizers(self.model).items() if q.is_enabled}

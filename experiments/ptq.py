@@ -16,7 +16,7 @@ import numpy as np
 
 import core
 from core.metrics import mean_and_error
-from experiments import cli, evaluate, manifest, report, setup
+from experiments import calibration_runs, cli, evaluate, manifest, report, setup
 from experiments.cli import flag
 from experiments.report import Column
 
@@ -30,6 +30,12 @@ class Options:
   configs: tuple[str, ...] = flag(
     ("INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"), "comma-separated preset names and paths of YAML or JSON files"
   )
+  algorithm: tuple[str, ...] = flag(
+    (),
+    "comma-separated calibration algorithms (gptq:act_order=true) or recipes (experiments/recipes.py) in place of the configs' own",
+  )
+  layerwise: bool = flag(False, "calibrate block by block, each on what the quantized blocks before it return")
+  checkpoint_dir: str = flag("", "folder where an interrupted calibration goes on; one configuration at a time")
   calib_samples: int = flag(8, "number of calibration windows")
   calib_tokens: int = flag(128, "tokens in each calibration window")
   eval_samples: int = flag(8, "number of evaluation windows")
@@ -45,6 +51,7 @@ class Options:
 
 COLUMNS = (
   Column("config", "config"),
+  Column("algorithm", "algorithm"),
   Column("backend", "backend"),
   Column("seed", "seed"),
   Column("perplexity", "perplexity", ".3f"),
@@ -74,19 +81,21 @@ def run(options: Options) -> list[dict[str, Any]]:
   Raises:
     ValueError: an unknown configuration, or a text that is too short.
   """
-  configs = setup.read_configs(options.configs)
+  configs = calibration_runs.with_algorithms(
+    setup.read_configs(options.configs), options.algorithm, options.layerwise, options.checkpoint_dir
+  )
   if not options.seeds:
     raise ValueError("--seeds is empty; name one or more whole numbers")
   text = setup.open_text(options.model, options.text, options.text_file)
   calibration = {seed: text.cut("calibration", options.calib_samples, options.calib_tokens, seed) for seed in options.seeds}
   evaluation = text.cut("evaluation", options.eval_samples, options.eval_tokens)
-  rows = []
+  rows, layers = [], []
   wanted = setup.backends(options.backend)
   with report.progress(len(wanted) * (1 + len(configs) * len(options.seeds)), "loading") as progress:
     for backend in wanted:
-      rows += _backend_rows(options, backend, configs, calibration, evaluation, progress)
+      rows += _backend_rows(options, backend, configs, calibration, evaluation, progress, layers)
   order = ["float", *(c.name for c in configs)]
-  rows.sort(key=lambda row: order.index(row["config"]))
+  rows.sort(key=lambda row: order.index(calibration_runs.name_of(row)))
   if options.out:
     facts = {
       "options": dataclasses.asdict(options),
@@ -95,6 +104,8 @@ def run(options: Options) -> list[dict[str, Any]]:
       "evaluation": setup.describe_windows(evaluation),
       "configs": {c.name: c.full for c in configs},
     }
+    if layers:
+      manifest.write_csv(Path(options.out) / "ptq_layers.csv", layers)
     write(Path(options.out), rows, manifest.manifest(cli.command("experiments.ptq", options), **facts), spread(rows))
   return rows
 
@@ -106,6 +117,7 @@ def _backend_rows(
   calibration: dict[int, np.ndarray],
   evaluation: np.ndarray,
   progress: report.Progress,
+  layers: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
   language = setup.is_language_model(options.model)
   measure = evaluate.score if language else evaluate.embed
@@ -124,7 +136,9 @@ def _backend_rows(
         progress.step(f"{backend}: {config.name}")
         with evaluate.Meter() as calibrating:
           rules = None if options.share_scales else ()
-          quantized = model.quantize(config.value, setup.in_batches(windows, options.batch_samples), rules)
+          found: list[dict[str, Any]] = []
+          quantized = model.quantize(config.value, setup.in_batches(windows, options.batch_samples), rules, found)
+        layers += [{"backend": backend, "config": config.name, "seed": seed, **row} for row in found]
         weights = weight_figures(quantized)
         quantized.fold()
         with evaluate.Meter() as meter:
@@ -148,7 +162,8 @@ def _row(
   return {
     "model": options.model,
     "backend": backend,
-    "config": config,
+    "config": config.partition(calibration_runs.BETWEEN)[0],
+    "algorithm": config.partition(calibration_runs.BETWEEN)[2] or None,
     "seed": seed,
     **figures,
     **weights,
@@ -173,8 +188,9 @@ def weight_figures(quantized: Any) -> dict[str, Any]:
     numel += before.size
   if not numel:
     return {"weight_sqnr_db": None, "effective_bits": None, "quantized_weights": 0}
-  sqnr = 10 * np.log10(signal / noise) if noise > 0 and signal > 0 else np.inf if noise == 0 else np.nan
-  return {"weight_sqnr_db": float(sqnr), "effective_bits": bits / numel, "quantized_weights": numel}
+  # Without noise the weights lie on their grid already (GPTQ and its like), and there is nothing left to compare them with.
+  sqnr = 10 * np.log10(signal / noise) if noise > 0 and signal > 0 else None
+  return {"weight_sqnr_db": None if sqnr is None else float(sqnr), "effective_bits": bits / numel, "quantized_weights": numel}
 
 
 def spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -182,8 +198,8 @@ def spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   import scipy.stats
 
   found = []
-  for backend, config in dict.fromkeys((row["backend"], row["config"]) for row in rows):
-    own = [row for row in rows if (row["backend"], row["config"]) == (backend, config) and row["seed"] is not None]
+  for backend, config in dict.fromkeys((row["backend"], calibration_runs.name_of(row)) for row in rows):
+    own = [row for row in rows if (row["backend"], calibration_runs.name_of(row)) == (backend, config) and row["seed"] is not None]
     if len(own) < 2:
       continue
     entry: dict[str, Any] = {"backend": backend, "config": config, "seeds": len(own)}
