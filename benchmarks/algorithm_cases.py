@@ -78,7 +78,15 @@ CASES = (
   Case("nvfp4-awq_lite", {"method": "awq_lite", "alpha_step": 0.1}, NVFP4, NVFP4),
 )
 
-_GPTQ = {"method": "gptq", "act_order": True, "scale_search": "signed", "layerwise": True, "correction": 0.5}
+_GPTQ = {
+  "method": "gptq",
+  "act_order": True,
+  "scale_search": "signed",
+  "layerwise": True,
+  "true_sequential": True,
+  "correction": 0.5,
+  "perc_damp": 0.03,
+}
 _NVFP4_GPTQ = {"method": "gptq", "act_order": True, "layerwise": True}
 _SVDQUANT = {"method": "svdquant", "lowrank": 32}
 NVFP4_FOUR_OVER_SIX = {"num_bits": (2, 1), "block_sizes": {**NVFP4["block_sizes"], "four_over_six": True}}
@@ -88,7 +96,7 @@ OWN: tuple[Case, ...] = (
   Case("int4-gptq_corrected", [_GPTQ], INT4, peer=False, added_limit=0.5, kl_limit=0.5, cpu_limit=250),
   Case(
     "int4-gptq_distilled",
-    [{**_GPTQ, "true_sequential": True}, {"method": "distill", "epochs": 5, "parts": ["scales", "norms", "rounding"]}],
+    [_GPTQ, {"method": "distill", "epochs": 3, "parts": ["scales", "norms"]}],
     INT4,
     peer=False,
     added_limit=1 / 3,

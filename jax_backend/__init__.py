@@ -9,6 +9,7 @@ The arithmetic is `core`'s and the same, bit for bit, as in PyTorch. Every prese
 
 from typing import Any
 
+from core.calibrate.report import print_calibration_report
 from core.config import DEFAULT_GROUPS, EXPERT_GROUPS, PRESETS, ConfigWarning, QuantizerConfig, choices, preset
 from jax_backend.apply import QuantModule
 from jax_backend.calibrate import Runner, calibrate, max_calibrate, register_algorithm
@@ -37,6 +38,7 @@ __all__ = [
   "is_quantized",
   "max_calibrate",
   "preset",
+  "print_calibration_report",
   "print_quant_summary",
   "quantize",
   "quantizers",

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from core.calibrate import algorithms, driver
+from core.calibrate import algorithms, builtin_activations, driver
 from core.config import ConfigWarning
 from core.config.algorithms import AlgorithmConfig, read_algorithm, register_algorithm_name
 from core.config.frozen import thaw
@@ -187,6 +187,13 @@ def run(
       driver.run(host, algorithms.find(str(step.method), "jax_backend"), options, report)
       result = host.variables
     create = None
+  leaves = [one for _, _, q in tree.items(result.get("quant", {})) if q.param is None for one in q.leaves if one.is_enabled]
+  if forward_loop is not None and any(one.config.calibrator == "histogram" for one in leaves):
+    from jax_backend.host import JaxHost
+
+    host = JaxHost(qmodule, result, forward_loop)
+    builtin_activations.by_calibrators(host, report)
+    result = host.synced()
   _warn_uncalibrated(result, forward_loop)
   return result
 

@@ -14,6 +14,7 @@ from flax.core import meta
 
 from core.calibrate.host import PREPARED, TensorVisit, Visit
 from core.calibrate.layer import Change, Layer
+from core.config.frozen import thaw
 from core.spec import QuantSpec
 from jax_backend import groups, layouts, tree, weights
 from jax_backend.apply import QuantModule
@@ -22,6 +23,7 @@ from jax_backend.calibrate import collect_activations, missing_calibrated
 from jax_backend.distill import Distillation, Teacher
 from jax_backend.interceptors import INPUT
 from jax_backend.layouts import SAME, Layout
+from jax_backend.parameters import Parameters
 from jax_backend.quantizer import AnyQuantizer, Quantizer
 from jax_backend.tree import Path
 from jax_backend.watch import Watch
@@ -42,7 +44,7 @@ class Place:
   index: tuple[int, ...] = ()
 
 
-class JaxHost:
+class JaxHost(Parameters):
   """A quantized JAX model during calibration; `variables` are replaced as it proceeds.
 
   Args:
@@ -71,6 +73,7 @@ class JaxHost:
     self._quant: dict[tuple[Path, str], AnyQuantizer] = {(path, name): q for path, name, q in tree.items(qvariables["quant"])}
     self.places = self._find()
     self._changed_inputs: set[Path] = set()
+    self._stale: set[tuple[Path, str]] = set()
     self._chain: Chain | None = None
 
   def _find(self) -> dict[str, Place]:
@@ -230,14 +233,14 @@ class JaxHost:
     self._sync()
 
   def settle(self) -> None:
-    if self._changed_inputs and self._loop is not None:
-      wanted = set(self._changed_inputs)
-      self._take(collect_activations(self.qmodule, self._sync(), self._loop, lambda path, name, q: path in wanted and name == INPUT))
-    self._changed_inputs = set()
+    wanted = self._stale | {(path, INPUT) for path in self._changed_inputs}
+    if wanted and self._loop is not None:
+      self._take(collect_activations(self.qmodule, self._sync(), self._loop, lambda path, name, q: (path, name) in wanted))
+    self._changed_inputs, self._stale = set(), set()
     self._take(groups.merge(self._sync()["quant"]))
 
-  def calibrate_missing(self) -> None:
-    self._take(missing_calibrated(self.qmodule, self._sync(), self._loop))
+  def calibrate_missing(self, inputs: bool = True) -> None:
+    self._take(missing_calibrated(self.qmodule, self._sync(), self._loop if inputs else None))
 
   def activation_specs(self) -> dict[str, QuantSpec]:
     found = {}
@@ -246,6 +249,11 @@ class JaxHost:
       if quantizer.param is None and first.is_enabled and first.config.constant_amax is None:
         found[tree.full_name(*key)] = first.spec
     return found
+
+  def calibrators(self) -> dict[str, tuple[str, dict[str, Any]]]:
+    wanted = self.activation_specs()
+    held = {tree.full_name(*key): q.leaves[0].config for key, q in self._quant.items()}
+    return {name: (held[name].calibrator, thaw(held[name].calibrator_options)) for name in wanted}
 
   def observe(self, visit: Visit, names: Collection[str] | None = None, point: str = PREPARED) -> None:
     if self._loop is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -76,7 +78,7 @@ class Parameters:
     found = {}
     for name, where in self._wheres().items():
       shape = [n for i, n in enumerate(self._parameter(where.path[:-1], where.path[-1]).shape) if i not in where.stack]
-      found[name] = layouts.torch_shape(tuple(shape), where.layout)
+      found[name] = tuple(math.prod(shape[axis] for axis in axes) for axes in where.layout.of(len(shape)))
     return found
 
   def parameter(self, name: str) -> np.ndarray | None:
@@ -103,7 +105,7 @@ class Parameters:
       self._quant[key] = self._calibrated(module, self.places[module], Change())
 
   def norm(self, name: str) -> str:
-    """By the class where it is one of Flax's own; a module of one's own with a scale and no bias counts as RMSNorm, with a bias as LayerNorm."""
+    """By the class where it is one of Flax's own; any other module with a scale counts as RMSNorm without a bias, as LayerNorm with one."""
     where = self._wheres().get(f"{name}.weight")
     if where is None or self._held(where).ndim != 1:
       return "other"
@@ -113,6 +115,9 @@ class Parameters:
       return "layer" if "nn.LayerNorm" in classes else "rms" if "nn.RMSNorm" in classes else "other"
     around: Any = tree.lookup(self.variables["params"], where.path[:-1])
     return "layer" if "bias" in around else "rms"
+
+  def is_table(self, name: str) -> bool:
+    return "nn.Embedding" in self._quant[self.places[name].path, WEIGHT].leaves[0].parent_classes
 
   def head_dim(self) -> int | None:
     config = getattr(self.qmodule.module, "config", None)
@@ -146,7 +151,7 @@ class Parameters:
     return (a, b) if b.any() else None
 
   def recalibrate(self, names: Iterable[str]) -> None:
-    wanted = {canonical_name(name.replace("[", "/[").split("/[")[0] + "." + name.rpartition(".")[2] if "[" in name else name) for name in names}
+    wanted = {re.sub(r"\[[\d,]+\]", "", name) for name in names}  # stacked copies are one quantizer
     for key, quantizer in self._quant.items():
       if tree.full_name(*key) in wanted and any(q.is_enabled and q.config.needs_calibration for q in quantizer.leaves):
         self._stale.add(key)

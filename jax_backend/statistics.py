@@ -115,7 +115,8 @@ def _seed(quantizer: AnyQuantizer, aval: Any, sizes: tuple[int, ...]) -> AnyQuan
   def one(q: Quantizer) -> Quantizer:
     if aval is None or q.mode != CALIBRATE or q.statistics is not None or q.config.bias is not None or q.param is not None:
       return q
-    shapes = _shapes(q.replace(parent_classes=(), group=None, amax=None, tensor_amax=None, scales=None), aval)
+    scale = None if q.pre_quant_scale is None else q.pre_quant_scale[(0,) * len(sizes)]  # of one stacked copy, as the module sees it
+    shapes = _shapes(q.replace(parent_classes=(), group=None, amax=None, tensor_amax=None, scales=None, pre_quant_scale=scale), aval)
     if shapes is None:
       return q
     return q.replace(statistics={key: jnp.zeros((*sizes, *s.shape), s.dtype) for key, s in shapes.items()})

@@ -9,6 +9,7 @@ The arithmetic is `core`'s and the same, bit for bit, as in JAX. Every preset of
 
 from typing import Any
 
+from core.calibrate.report import print_calibration_report
 from core.config import DEFAULT_GROUPS, EXPERT_GROUPS, PRESETS, ConfigWarning, QuantizerConfig, choices, preset
 from torch_backend.calibrate import calibrate, max_calibrate, register_algorithm
 from torch_backend.convert import quantize
@@ -39,6 +40,7 @@ __all__ = [
   "is_quantized",
   "max_calibrate",
   "preset",
+  "print_calibration_report",
   "print_quant_summary",
   "quantize",
   "quantizers",

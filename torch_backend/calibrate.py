@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.calibrate import algorithms, driver
+from core.calibrate import algorithms, builtin_activations, driver
 from core.config import ConfigWarning
 from core.config.algorithms import AlgorithmConfig, read_algorithm, register_algorithm_name
 from core.config.frozen import thaw
@@ -89,6 +89,12 @@ def run(
 
         host = TorchHost(model, forward_loop, bool(options.get("exclude_padding", False)), teacher)
         driver.run(host, algorithms.find(str(step.method), "torch_backend"), options, report)
+    if forward_loop is not None and any(
+      one.config.calibrator == "histogram" for q in activations(model).values() for one in tensor_quantizers(q)
+    ):
+      from torch_backend.host import TorchHost
+
+      builtin_activations.by_calibrators(TorchHost(model, forward_loop), report)
   _warn_uncalibrated(model, forward_loop)
 
 
@@ -116,13 +122,13 @@ def max_calibrate(model: nn.Module, forward_loop: ForwardLoop | None = None, **_
   groups.merge(model)
 
 
-def calibrate_missing(model: nn.Module, forward_loop: ForwardLoop | None) -> None:
-  """As `max_calibrate`, for those quantizers alone that have no amax yet."""
+def calibrate_missing(model: nn.Module, forward_loop: ForwardLoop | None, inputs: bool = True) -> None:
+  """As `max_calibrate`, for those quantizers alone that have no amax yet; for weights alone without `inputs`."""
   for quantizer, weight in weights(model):
     if any(_lacks_data(one) for one in tensor_quantizers(quantizer)):
       calibrate_tensor(quantizer, weight)
   missing = {name for name, q in activations(model).items() if any(_lacks_data(one) for one in tensor_quantizers(q))}
-  if missing:
+  if missing and inputs:
     calibrate_activations(model, forward_loop, missing.__contains__)
   groups.merge(model)
 

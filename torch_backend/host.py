@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from core.calibrate.host import PREPARED, TensorVisit, Visit
 from core.calibrate.layer import Change, Layer
 from core.config import ConfigWarning
+from core.config.frozen import thaw
 from core.spec import QuantSpec
 from torch_backend import groups
 from torch_backend.blocks import Chain, TorchBlock
@@ -23,6 +24,7 @@ from torch_backend.distill import Distillation, Teacher
 from torch_backend.inputs import InputWatch, PaddingMask
 from torch_backend.modules import QuantWeight
 from torch_backend.modules.base import QuantTable
+from torch_backend.parameters import Parameters
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.sequential import tensor_quantizers
 
@@ -32,7 +34,7 @@ def array_of(tensor: Tensor) -> np.ndarray:
   return tensor.detach().to("cpu", torch.float32).numpy()
 
 
-class TorchHost:
+class TorchHost(Parameters):
   """A quantized torch model during calibration.
 
   Args:
@@ -158,8 +160,8 @@ class TorchHost:
     self._changed_inputs = []
     groups.merge(self.model)
 
-  def calibrate_missing(self) -> None:
-    calibrate_missing(self.model, self._loop)
+  def calibrate_missing(self, inputs: bool = True) -> None:
+    calibrate_missing(self.model, self._loop, inputs)
 
   def activation_specs(self) -> dict[str, QuantSpec]:
     found = {}
@@ -168,6 +170,10 @@ class TorchHost:
       if first.is_enabled and first.config.constant_amax is None:
         found[name] = first.spec
     return found
+
+  def calibrators(self) -> dict[str, tuple[str, dict[str, Any]]]:
+    held = {name: tensor_quantizers(q)[0].config for name, q in activations(self.model).items()}
+    return {name: (held[name].calibrator, thaw(held[name].calibrator_options)) for name in self.activation_specs()}
 
   def observe(self, visit: Visit, names: Collection[str] | None = None, point: str = PREPARED) -> None:
     if self._loop is None:

@@ -81,6 +81,9 @@ class Parameters:
     except Exception:  # whatever a module raises that is not called with one tensor of feature vectors
       return "other"
 
+  def is_table(self, name: str) -> bool:
+    return isinstance(self._modules[name], QuantTable)
+
   def head_dim(self) -> int | None:
     config = getattr(self.model, "config", None)
     given, hidden, heads = (getattr(config, key, None) for key in ("head_dim", "hidden_size", "num_attention_heads"))
@@ -134,7 +137,7 @@ def _note_untied(model: nn.Module) -> None:
   config: Any = getattr(model, "config", None)
   if not getattr(config, "tie_word_embeddings", False):
     return
-  if dataclasses.is_dataclass(config) and not isinstance(config, type) and getattr(config, "__dataclass_params__").frozen:
-    model.config = dataclasses.replace(config, tie_word_embeddings=False)  # type: ignore[assignment]
-  else:
+  try:
     config.tie_word_embeddings = False
+  except dataclasses.FrozenInstanceError:
+    model.config = dataclasses.replace(config, tie_word_embeddings=False)

@@ -7,7 +7,14 @@ import importlib
 
 from core.calibrate.registry import ALGORITHMS, Algorithm
 
-FILES: tuple[str, ...] = ("builtin_scaling", "builtin_weights", "builtin_gptq", "builtin_distill")
+FILES: tuple[str, ...] = (
+  "builtin_scaling",
+  "builtin_weights",
+  "builtin_gptq",
+  "builtin_distill",
+  "builtin_activations",
+  "builtin_relations",
+)
 
 
 def load() -> None:

@@ -21,8 +21,8 @@ def distill(
   epochs: int = 4,
   scale_lr: float = 1e-3,
   norm_lr: float = 1e-3,
-  low_rank_lr: float = 5e-3,
-  rounding_lr: float = 1e-2,
+  low_rank_lr: float = 5e-4,
+  rounding_lr: float = 1e-3,
   loss: str = "kl",
   seed: int = 0,
 ) -> None:

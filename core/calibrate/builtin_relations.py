@@ -23,15 +23,18 @@ from core.calibrate.unchanged import Witness
 
 @register_algorithm("fold_pre_quant_scale", whole=True)
 def fold_pre_quant_scale(
-  host: Host, run: Run, *, relations: Sequence[str] = (*NORMS, *LINEARS), head_dim: int | None = None, verify: bool = True
+  host: Host, run: Run, *, relations: Sequence[str] = (*NORMS, *HEAD, *LINEARS), head_dim: int | None = None, verify: bool = True
 ) -> None:
-  """pre_quant_scale of SmoothQuant, AWQ or SVDQuant moves into the norm or layer before: ["awq_lite", "fold_pre_quant_scale"].
+  """pre_quant_scale of SmoothQuant, AWQ or SVDQuant moves into the norm or layer before: ["smoothquant", "fold_pre_quant_scale"].
+
+  Layers that read one input must have one scale: AWQ and SVDQuant need `shared=True`.
 
   Scales that cannot move stay and are reported. A layer that takes a scale is max-calibrated again, so put it before gptq and before
   searches of a weight's amax.
 
   Args:
-    host, run: what the driver gives.
+    host: the model.
+    run: this run of the algorithm.
     relations: rules of who reads what (`core.calibrate.relations`).
     head_dim: head size; None takes it from the model's config.
     verify: check on the calibration data that the layers' outputs stay.
@@ -56,7 +59,8 @@ def cross_layer_equalization(
   Heads that repeat one head of the source count together: r2 is the largest of them.
 
   Args:
-    host, run: what the driver gives.
+    host: the model.
+    run: this run of the algorithm.
     relations: rules of pairs with nothing in between but what passes a positive factor on: nothing, ReLU, attention, a gated product.
     head_dim: head size; None takes it from the model's config.
     verify: check on the calibration data that the layers' outputs stay.
@@ -82,11 +86,11 @@ def _find(host: Host, rules: Sequence[str]) -> list[Relation]:
 
 
 def _equalize(host: Host, match: Relation, head_dim: int | None) -> dict[str, Any]:
-  if len(match.readers) > 1 or match.source not in host.weighted():
+  if len(match.readers) != 1 or match.source not in host.weighted():
     raise ValueError(
       f"cross_layer_equalization takes relations of one layer with one layer, got {match.source} -> {', '.join(match.readers)}"
     )
-  source, reader = match.source, match.readers[0]
+  source, reader = match.source, next(iter(match.readers))
   seen = relations.sees_output(host, source)
   if seen or any(host.low_rank(name) is not None for name in (source, reader)):
     return {"kept": f"ranges ({seen + ' quantizes the output' if seen else 'a low-rank branch'})"}
@@ -121,7 +125,8 @@ def rotate(
   Tied embeddings become two parameters: the last norm is folded into the head alone.
 
   Args:
-    host, run: what the driver gives.
+    host: the model.
+    run: this run of the algorithm.
     seed: of the rotation.
     kind: "hadamard" (random signs, then Hadamard blocks) or "orthogonal".
     block_size: None is the largest power of two that divides the width; for "orthogonal" the width.

@@ -1,4 +1,4 @@
-"""SmoothQuant, AWQ and SVDQuant as algorithms of a configuration. Layers that read one input share one pre_quant_scale."""
+"""SmoothQuant, AWQ and SVDQuant as algorithms of a configuration. Layers that read one input come together and may share a scale."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from core.calibrate.weight_search import SearchResult
 _AWQ_STATISTICS = ("mean_abs", "hessian", "samples", "amax")
 
 
-@register_algorithm("smoothquant", ("amax", "samples"), grouped=True)
+@register_algorithm("smoothquant", ("amax", "samples"), grouped=True, calibrated_inputs=False)
 def smooth(layers: Sequence[Layer], *, alpha: float | str = 1.0) -> list[Change | None]:
   """SmoothQuant: p_j = max|W_j|^(1 - alpha) / max|X_j|^alpha goes onto the input, 1 / p into the weights.
 
@@ -57,7 +57,14 @@ def _figures(found: ScaleSearch) -> dict[str, Any]:
   return {"alpha": found.alpha, "error_before": found.error_before, "error": found.error}
 
 
-def _awq(layers: Sequence[Layer], alpha_step: float) -> ScaleSearch:
+def _awq(layers: Sequence[Layer], alpha_step: float, shared: bool) -> list[ScaleSearch]:
+  """The scale of every layer: one for all of them, or each its own."""
+  if shared:
+    return [_search(layers, alpha_step)] * len(layers)
+  return [_search([layer], alpha_step) for layer in layers]
+
+
+def _search(layers: Sequence[Layer], alpha_step: float) -> ScaleSearch:
   seen = layers[0].statistics
   return awq.search(
     [layer.weight for layer in layers],
@@ -71,17 +78,22 @@ def _awq(layers: Sequence[Layer], alpha_step: float) -> ScaleSearch:
   )
 
 
-@register_algorithm("awq_lite", _AWQ_STATISTICS, grouped=True, also=("debug",))
-def awq_lite(layers: Sequence[Layer], *, alpha_step: float = 0.1) -> list[Change | None]:
+@register_algorithm("awq_lite", _AWQ_STATISTICS, grouped=True, calibrated_inputs=False, also=("debug",))
+def awq_lite(layers: Sequence[Layer], *, alpha_step: float = 0.1, shared: bool = False) -> list[Change | None]:
   """AWQ's search of a scale per input channel, s = mean|X|^alpha / w^(1 - alpha), by the error of the layers' outputs.
 
-  Where it leaves ModelOpt: the loss is over every calibration token, from the Hessian of one pass; no scale at all is a candidate; layers
-  with one input share s; the normalisation leaves dead channels out.
+  Where it leaves ModelOpt: the loss is over every calibration token, from the Hessian of one pass; no scale at all is a candidate; the
+  normalisation leaves dead channels out.
+
+  Args:
+    layers: layers that read one input.
+    alpha_step: distance of the alphas.
+    shared: one scale for all of them, as folding it into the layer before needs; a little worse than a scale each.
 
   References: Lin et al., 2023, arXiv:2306.00978.
   """
-  found = _awq(layers, alpha_step)
-  return [_scaled(layer, found.pre_quant_scale, layer.statistics["amax"], _figures(found)) for layer in layers]
+  scales = _awq(layers, alpha_step, shared)
+  return [_scaled(layer, f.pre_quant_scale, layer.statistics["amax"], _figures(f)) for layer, f in zip(layers, scales, strict=True)]
 
 
 @register_algorithm("awq_clip", ("hessian",), also=("max_co_batch_size", "max_tokens_per_batch", "debug"))
@@ -113,26 +125,33 @@ def search_figures(found: SearchResult, name: str = "multiplier") -> dict[str, A
   return figures | ({"note": found.note} if found.note else {})
 
 
-@register_algorithm("awq_full", _AWQ_STATISTICS, grouped=True, also=("max_co_batch_size", "max_tokens_per_batch", "debug"))
+@register_algorithm(
+  "awq_full", _AWQ_STATISTICS, grouped=True, calibrated_inputs=False, also=("max_co_batch_size", "max_tokens_per_batch", "debug")
+)
 def awq_full(
-  layers: Sequence[Layer], *, alpha_step: float = 0.1, min_clip_ratio: float = 0.5, shrink_step: float = 0.05
+  layers: Sequence[Layer], *, alpha_step: float = 0.1, shared: bool = False, min_clip_ratio: float = 0.5, shrink_step: float = 0.05
 ) -> list[Change | None]:
   """awq_lite, then awq_clip on the scaled weights.
 
   References: Lin et al., 2023, arXiv:2306.00978.
   """
-  found = _awq(layers, alpha_step)
-  hessian = scaled_hessian(layers[0].statistics["hessian"], found.pre_quant_scale)
   changes: list[Change | None] = []
-  for layer in layers:
+  for layer, found in zip(layers, _awq(layers, alpha_step, shared), strict=True):
+    hessian = scaled_hessian(layer.statistics["hessian"], found.pre_quant_scale)
     change = _scaled(layer, found.pre_quant_scale, layer.statistics["amax"], {"alpha": found.alpha})
     changes.append(_clipped(layer, change, hessian, min_clip_ratio, shrink_step))
   return changes
 
 
-@register_algorithm("svdquant", _AWQ_STATISTICS, grouped=True)
+@register_algorithm("svdquant", _AWQ_STATISTICS, grouped=True, calibrated_inputs=False)
 def svd(
-  layers: Sequence[Layer], *, lowrank: int = 32, skip_layers: Sequence[str] = (), alpha_step: float = 0.1, weighted: bool = False
+  layers: Sequence[Layer],
+  *,
+  lowrank: int = 32,
+  skip_layers: Sequence[str] = (),
+  alpha_step: float = 0.1,
+  shared: bool = False,
+  weighted: bool = False,
 ) -> list[Change | None]:
   """SVDQuant: awq_lite's scale, then the scaled weight's rank-r part in float beside the quantized rest.
 
@@ -141,14 +160,14 @@ def svd(
     lowrank: r.
     skip_layers: patterns of layer names that only get the scale.
     alpha_step: of the scale's search.
+    shared: one scale for all layers with one input.
     weighted: take the low-rank part that leaves the least output error rather than the least weight error.
 
   References: Li et al., 2024, arXiv:2411.05007.
   """
-  found = _awq(layers, alpha_step)
-  hessian = scaled_hessian(layers[0].statistics["hessian"], found.pre_quant_scale)
   changes: list[Change | None] = []
-  for layer in layers:
+  for layer, found in zip(layers, _awq(layers, alpha_step, shared), strict=True):
+    hessian = scaled_hessian(layer.statistics["hessian"], found.pre_quant_scale)
     change = _scaled(layer, found.pre_quant_scale, layer.statistics["amax"], {"alpha": found.alpha})
     if not any(fnmatchcase(layer.name, pattern) for pattern in skip_layers):
       assert change.weight is not None

@@ -14,7 +14,7 @@ from core.calibrate.builtin_scaling import search_figures
 from core.calibrate.hqq import hqq_search
 from core.calibrate.layer import Change, Layer, output_error
 from core.calibrate.local_hessian import local_hessian_search
-from core.calibrate.lsq import lsq
+from core.calibrate.lsq import lsq, not_learned
 from core.calibrate.registry import register_algorithm
 from core.calibrate.weight_search import SearchResult, mse_search
 
@@ -109,6 +109,9 @@ def _start(layer: Layer, scale_algorithm: Mapping[str, Any] | str | None) -> tup
 
 
 def _learned(layer: Layer, tied: bool, learn: str, scale_algorithm: Any, steps: int, lr: float) -> Change:
+  reason = not_learned(layer.spec)
+  if reason:
+    return Change(report={"kept": f"max calibration ({reason})"})
   amax, tensor_amax = _start(layer, scale_algorithm)
   found = lsq(
     layer.weight,

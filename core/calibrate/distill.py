@@ -156,7 +156,7 @@ def tune(
   epochs: int = 4,
   scale_lr: float = 1e-3,
   norm_lr: float = 1e-3,
-  low_rank_lr: float = 5e-3,
+  low_rank_lr: float = 5e-4,
   rounding_lr: float = 0.0,
   latents: dict[str, np.ndarray] | None = None,
   loss: str = "kl",

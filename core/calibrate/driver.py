@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from core.calibrate.host import Block, Host, Visit
+from core.calibrate.host import QUANTIZED, Block, Host, Visit
 from core.calibrate.layer import Change
 from core.calibrate.progress import progress
 from core.calibrate.registry import Algorithm
@@ -93,7 +93,7 @@ def run(host: Host, algorithm: Algorithm, options: Mapping[str, Any], report: Re
   if options.get("checkpoint_dir"):
     layerwise = dataclasses.replace(layerwise, checkpoint_dir=str(options["checkpoint_dir"]))
   job = Run(algorithm, own, [] if report is None else report, layerwise, bool(options.get("true_sequential", False)))
-  host.calibrate_missing()
+  host.calibrate_missing(inputs=algorithm.calibrated_inputs or layerwise.enable or algorithm.observed_at(own) == QUANTIZED)
   if algorithm.whole:
     algorithm.function(host, job, **own)
   elif layerwise.enable:
@@ -101,6 +101,7 @@ def run(host: Host, algorithm: Algorithm, options: Mapping[str, Any], report: Re
   else:
     _in_one_sweep(host, job)
   host.settle()
+  host.calibrate_missing()
 
 
 class Collector:
@@ -173,6 +174,18 @@ def _in_one_sweep(host: Host, job: Run) -> None:
   journal.finish()
 
 
+def decide_each(host: Host, algorithm: Algorithm, options: Mapping[str, Any], report: Report) -> None:
+  """Run another algorithm in one sweep, from within one that drives the host itself.
+
+  Raises:
+    ValueError: an option that it does not know.
+  """
+  unknown = sorted(set(options) - set(algorithm.options))
+  if unknown:
+    raise ValueError(f"algorithm {algorithm.name!r} does not know {', '.join(unknown)}; its options are {', '.join(algorithm.options)}")
+  _in_one_sweep(host, Run(algorithm, dict(options), report, Layerwise()))
+
+
 def decide(host: Host, job: Run, group: Group, collector: Collector) -> list[Change | None]:
   """What the algorithm makes of layers that share an input."""
   layers = [dataclasses.replace(host.layer(name), statistics=collector.result(name)) for name in group]
@@ -201,8 +214,8 @@ def blocks_of(host: Host) -> list[Block]:
   blocks = list(host.blocks())
   if not blocks:
     raise ValueError(
-      "layerwise calibration needs a chain of equal blocks (such as the decoder layers of a language model, as separate modules) and found "
-      "none; set layerwise to False"
+      "layerwise calibration needs a chain of equal blocks (such as the decoder layers of a language model, as separate modules and not "
+      "under nn.scan or nn.remat) and found none; set layerwise to False"
     )
   return blocks
 

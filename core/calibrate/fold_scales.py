@@ -45,7 +45,8 @@ def fold(host: Host, relation: Relation, head_dim: int | None = None) -> dict[st
   reason = _obstacle(host, relation, is_layer)
   if reason:
     return {"kept": f"pre_quant_scale ({reason})"}
-  outputs, inputs = host.parameter_shapes()[f"{relation.source}.weight"][0], host.layer(relation.readers[0]).weight.shape[1]
+  shapes = host.parameter_shapes()
+  outputs, inputs = shapes[f"{relation.source}.weight"][0], shapes[f"{relation.readers[0]}.weight"][1]
   repeated = relations.by_source(np.broadcast_to(first, (inputs,)).astype(np.float64), outputs, head_dim)
   if (repeated != repeated[:1]).any():
     return {"kept": "pre_quant_scale (it differs among heads that repeat one head of the source)"}

@@ -87,8 +87,8 @@ class Host(Protocol):
     """Bring everything that depends on several layers up to date: scales that siblings share, amax of inputs whose scale changed."""
     ...
 
-  def calibrate_missing(self) -> None:
-    """Max-calibrate every static quantizer that has no amax."""
+  def calibrate_missing(self, inputs: bool = True) -> None:
+    """Max-calibrate every static quantizer that has no amax; weights alone without `inputs`."""
     ...
 
   def observe(self, visit: Visit, names: Collection[str] | None = None, point: str = PREPARED) -> None:
@@ -101,6 +101,10 @@ class Host(Protocol):
 
   def activation_specs(self) -> dict[str, QuantSpec]:
     """Formats of the enabled activation quantizers (the first of a sequence), by name."""
+    ...
+
+  def calibrators(self) -> dict[str, tuple[str, dict[str, Any]]]:
+    """(name, options) of the calibrator of every enabled activation quantizer with a static amax (the first of a sequence), by name."""
     ...
 
   def set_amax(self, name: str, amax: np.ndarray | float) -> None:
@@ -125,6 +129,54 @@ class Host(Protocol):
 
   def float_weights(self) -> dict[str, np.ndarray]:
     """The layers' weights before the first algorithm changed them, by name; only where a teacher was recorded."""
+    ...
+
+  def weighted(self) -> list[str]:
+    """Names of all layers with a weight, whether it is quantized or not, embeddings included, in the model's order."""
+    ...
+
+  def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+    """Shapes, in torch's layout, of all parameters of the model by name, such as "model.layers.0.input_layernorm.weight"."""
+    ...
+
+  def parameter(self, name: str) -> np.ndarray | None:
+    """A copy of a parameter in torch's layout, float64 where the model's is, else float32; None where there is none of that name."""
+    ...
+
+  def set_parameter(self, name: str, value: np.ndarray) -> None:
+    """Replace a parameter. A layer's weight gets its amax anew, as max finds it; a tensor that was shared becomes one of its own.
+
+    Raises:
+      ValueError: there is no such parameter.
+    """
+    ...
+
+  def norm(self, name: str) -> str:
+    """What a normalization does: "rms", "layer" or "other", as `core.calibrate.relations.norm_kind` says."""
+    ...
+
+  def is_table(self, name: str) -> bool:
+    """Whether a layer is an embedding: [entries, K]."""
+    ...
+
+  def head_dim(self) -> int | None:
+    """Head size, from the model's config; None where it does not say."""
+    ...
+
+  def pre_quant_scale(self, name: str) -> np.ndarray | None:
+    """[K] or [] float32 factor on a layer's input, or None."""
+    ...
+
+  def clear_pre_quant_scale(self, name: str) -> None:
+    """Take a layer's pre_quant_scale away; its input's amax stays."""
+    ...
+
+  def low_rank(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """(a [r, K], b [N, r]) of a layer's branch beside its weight, or None."""
+    ...
+
+  def recalibrate(self, names: Collection[str]) -> None:
+    """Activation quantizers whose static amax `settle` is to find anew."""
     ...
 
   def fingerprint(self) -> str:

@@ -308,6 +308,14 @@ def _check(weight: np.ndarray, spec: QuantSpec, learn: str, keep: str) -> None:
     raise ValueError(f"keep is {keep!r}; allowed are best and last")
   if np.ndim(weight) != 2:
     raise ValueError(f"lsq learns the scales of [N, K] weights; got shape {list(np.shape(weight))}; use mse")
-  storable = spec.two_level or spec.scale_format in (None, formats.FLOAT16)
-  if spec.dynamic or spec.zero_point or spec.four_over_six or not storable:
+  if not_learned(spec):
     raise ValueError(f"lsq needs a static symmetric format with a float32 or two-level scale; got {spec}; use mse, or set dynamic to False")
+
+
+def not_learned(spec: QuantSpec) -> str:
+  """Why the scales of a format cannot be learned, or ""."""
+  if spec.dynamic:
+    return "its scales are taken from the weight"
+  if spec.zero_point or spec.four_over_six or not (spec.two_level or spec.scale_format in (None, formats.FLOAT16)):
+    return "learned scales need a symmetric format with a float32 or two-level scale"
+  return ""

@@ -33,6 +33,7 @@ class Algorithm:
     whole: it drives the host itself, for what needs several layers at a time.
     options: names of its options.
     weights_only: layers whose weight is not quantized are left out.
+    calibrated_inputs: static input quantizers have their amax before it runs.
     teacher: it needs what the float model returned, recorded before anything changes.
   """
 
@@ -45,6 +46,7 @@ class Algorithm:
   options: tuple[str, ...] = ()
   weights_only: bool = True
   teacher: bool = False
+  calibrated_inputs: bool = True
 
   def wanted(self, options: Mapping[str, Any]) -> tuple[str, ...]:
     """Statistics under these options."""
@@ -67,6 +69,7 @@ def register_algorithm(
   whole: bool = False,
   weights_only: bool = True,
   teacher: bool = False,
+  calibrated_inputs: bool = True,
   also: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
   """Decorator that makes `algorithm: name` run a function of numpy arrays, in PyTorch and in JAX.
@@ -83,6 +86,7 @@ def register_algorithm(
     whole: call it once, with (host, run), to drive the model itself.
     weights_only: only layers with a quantized weight.
     teacher: record what the float model returns before the first algorithm of the list runs (`host.student()`).
+    calibrated_inputs: calibrate static input quantizers before it runs; False where it sets their amax itself saves a run of the model.
     also: further option names that are accepted and have no effect here (options of ModelOpt about its own machinery).
 
   Raises:
@@ -99,7 +103,7 @@ def register_algorithm(
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     options = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
     wanted = statistics if callable(statistics) else tuple(statistics)
-    ALGORITHMS[name] = Algorithm(name, function, wanted, grouped, point, whole, options, weights_only, teacher)
+    ALGORITHMS[name] = Algorithm(name, function, wanted, grouped, point, whole, options, weights_only, teacher, calibrated_inputs)
     register_algorithm_name(name, None if open_ended else (*options, *also))
     return function
 

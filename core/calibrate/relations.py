@@ -100,7 +100,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def sees_output(host: Host, source: str) -> str:
-  """Name of an enabled quantizer of the source's output (its own, or of the values of its attention), which other values would reach; ""."""
+  """Name of an enabled quantizer of the source's output (its own, or of the values of its attention), or ""."""
   base = _split(source)[0]
   values = f"{base.rpartition('.')[0]}.v_bmm_quantizer" if base.endswith("v_proj") else ""
   return next((name for name in host.activation_specs() if name in (f"{base}.output_quantizer", values)), "")

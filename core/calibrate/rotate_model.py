@@ -48,7 +48,9 @@ class RotatedModel:
       raise ValueError(f"rotate finds none of the norms in relations={list(rules)}; give the model's own, 'norm -> part.(reader|reader)'")
     pairs = tuple(relations.find(host, LINEARS[:1])) if heads else ()
     if heads and not (pairs and head_dim):
-      raise ValueError(f"rotate with heads=True needs v_proj, o_proj and the head size, and found {len(pairs)} pairs and head_dim {head_dim}")
+      raise ValueError(
+        f"rotate with heads=True needs v_proj, o_proj and the head size, and found {len(pairs)} pairs and head_dim {head_dim}"
+      )
     width = host.parameter_shapes()[f"{norms[0].source}.weight"][0]
     model = cls(host, norms, tuple(relations.matching(host.weighted(), writers)), pairs, width, head_dim)
     model._check()
@@ -66,7 +68,7 @@ class RotatedModel:
     missed = [name for name, shape in self.host.parameter_shapes().items() if self.width in shape and name not in known]
     if missed:
       raise ValueError(
-        f"rotate does not know what these parameters of the stream's width {self.width} do: {', '.join(missed[:8])}; name the norms and all "
+        f"rotate does not know what parameters of the stream's width {self.width} do: {', '.join(missed[:8])}; name the norms and all "
         "their readers in relations, and the layers that write into the stream in writers"
       )
 
@@ -96,8 +98,7 @@ class RotatedModel:
       new[f"{norm.source}.weight"] = np.ones_like(gain)
     for name in self.writers:
       weight = self._get(f"{name}.weight")
-      is_table = weight.shape[0] != self.width or not self.host.layer(name).linear
-      new[f"{name}.weight"] = turn(weight) if is_table else turn.outputs(weight)
+      new[f"{name}.weight"] = turn(weight) if self.host.is_table(name) else turn.outputs(weight)
       if f"{name}.bias" in self.host.parameter_shapes():
         new[f"{name}.bias"] = turn(self._get(f"{name}.bias"))
     self._turn_heads(new, kind, seed)

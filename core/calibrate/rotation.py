@@ -1,8 +1,8 @@
 """Rotations that are folded into weights: the residual stream turned by an orthogonal matrix R, the values of every head by R2.
 
 h' = h R. Whatever writes into the stream gets R on its output side (W' = R^T W, b' = b R; an embedding E' = E R), whatever reads from it
-gets R on its input side (W' = W R): (h R)(W R)^T = h W^T. In between stand RMSNorms, which commute with R once their weight g is 1, so g goes
-into the readers first: W g. The outliers of single channels are then spread over all channels of a block, and quantize better.
+gets R on its input side (W' = W R): (h R)(W R)^T = h W^T. In between stand RMSNorms, which commute with R once their weight g is 1, so g
+goes into the readers first: W g. The outliers of single channels are then spread over all channels of a block, and quantize better.
 
 R is a random Hadamard matrix: random signs, then blocks of Hadamard matrices whose size is the largest power of two that divides the
 width; or a random orthogonal matrix. Everything is computed in float64 and rounded once, so both backends get the same bits.

@@ -143,7 +143,10 @@ def test_both_backends_tune_alike(folder):
 
 
 def test_low_rank_factors_are_tuned_in_both(folder):
-  algorithm = [{"method": "svdquant", "lowrank": 2}, {"method": "distill", "epochs": 3, "low_rank_lr": 2e-3, "parts": ["norms", "low_rank"]}]
+  algorithm = [
+    {"method": "svdquant", "lowrank": 2},
+    {"method": "distill", "epochs": 3, "low_rank_lr": 2e-3, "parts": ["norms", "low_rank"]},
+  ]
   _, torch_report = run_torch(folder, algorithm)
   _, jax_report = run_jax(folder, algorithm)
   losses = [report[-1]["loss_by_epoch"] for report in (torch_report, jax_report)]
