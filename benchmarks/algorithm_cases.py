@@ -87,7 +87,7 @@ _GPTQ = {
   "correction": 0.5,
   "perc_damp": 0.03,
 }
-_NVFP4_GPTQ = {"method": "gptq", "act_order": True, "layerwise": True}
+_NVFP4_GPTQ = {"method": "gptq", "act_order": True, "layerwise": True, "true_sequential": True}
 _SVDQUANT = {"method": "svdquant", "lowrank": 32}
 NVFP4_FOUR_OVER_SIX = {"num_bits": (2, 1), "block_sizes": {**NVFP4["block_sizes"], "four_over_six": True}}
 
@@ -106,7 +106,7 @@ OWN: tuple[Case, ...] = (
   Case("nvfp4-svdquant_gptq", [_SVDQUANT, _NVFP4_GPTQ], NVFP4, NVFP4, peer=False, rival="nvfp4-svdquant"),
   Case(
     "nvfp4-svdquant_gptq_distilled",
-    [_SVDQUANT, _NVFP4_GPTQ, {"method": "distill", "epochs": 3, "parts": ["norms", "low_rank"]}],
+    [_SVDQUANT, _NVFP4_GPTQ, {"method": "distill", "epochs": 2, "parts": ["norms", "low_rank"], "norm_lr": 3e-4}],
     NVFP4,
     NVFP4_FOUR_OVER_SIX,
     peer=False,

@@ -49,7 +49,7 @@ RECIPES: dict[str, Any] = {
   "svdquant_distill": [
     "svdquant",
     {"method": "gptq", "act_order": True, **_SEQUENTIAL},
-    {"method": "distill", "epochs": 2, "parts": ["norms", "low_rank"]},
+    {"method": "distill", "epochs": 2, "parts": ["norms", "low_rank"], "norm_lr": 3e-4},
   ],
 }
 
