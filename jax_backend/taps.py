@@ -16,6 +16,7 @@ from core.calibrate.host import QUANTIZED
 from jax_backend.quantizer import QUANTIZE, AnyQuantizer
 from jax_backend.tree import RIDER, Path, Rider, is_rider
 
+INPUT = "input_quantizer"  # what modules that read one tensor share
 _watching = threading.local()
 
 
@@ -55,7 +56,7 @@ def show(module: nn.Module, name: str, quantizer: AnyQuantizer, x: Any) -> None:
     return
   rider: Rider = module.get_variable("params", RIDER)
   key = (id(x), view, name)
-  if key in shown and shown[key][0] is x:
+  if name == INPUT and key in shown and shown[key][0] is x:
     module.put_variable("params", RIDER, dataclasses.replace(rider, alias=shown[key][1]))
     return
   shown[key] = (x, path)

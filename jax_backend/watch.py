@@ -67,7 +67,8 @@ def hand_out(tensors: Mapping[str, Any], aliases: Mapping[Path, Path], seen: See
   for path, owner in aliases.items():
     followers.setdefault(owner, []).append(path)
   for (path, name), x in taps.keyed(tensors):
-    seen([(path, name), *((other, name) for other in followers.get(path, ()))], np.asarray(x), mask)
+    others = followers.get(path, ()) if name == taps.INPUT else ()
+    seen([(path, name), *((other, name) for other in others)], np.asarray(x), mask)
 
 
 def with_modes(quant: Mapping[str, Any], mode: str) -> dict[str, Any]:
