@@ -6,7 +6,6 @@ kept as `NAME-KEY.npz` and `.json`; KEY is a hash of everything that decides the
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
 import json
@@ -14,7 +13,6 @@ import os
 import shlex
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,23 +61,6 @@ class Inputs:
   facts: dict[str, Any]
 
 
-def docstrings() -> data.Text:
-  """Docstrings of the standard library's top-level modules, by name of the module and position: English about code that every Python ships.
-
-  Sources are parsed, not imported. The text differs between Python versions, hence the hash.
-  """
-  folder = Path(sysconfig.get_paths()["stdlib"])
-  parts = []
-  for name in sorted(sys.stdlib_module_names):
-    path = folder / f"{name}.py"
-    if path.is_file():
-      nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-      found = (ast.get_docstring(n) for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef))
-      parts += [text for text in found if text]
-  text = "\n\n".join(parts)
-  return data.Text(text, hashlib.sha256(text.encode("utf-8")).hexdigest(), "python-docstrings")
-
-
 def read_inputs(settings: Settings) -> Inputs:
   """Windows of both texts. Calibration and evaluation take different halves of the first text.
 
@@ -88,7 +69,7 @@ def read_inputs(settings: Settings) -> Inputs:
     FileNotFoundError: no such text file.
   """
   first = setup.open_text(settings.model, "python-docs", "")
-  other = data.load_text(text_file=settings.second_text_file) if settings.second_text_file else docstrings()
+  other = data.load_text("python-docstrings", settings.second_text_file or None)
   second = setup.Windows(other.source, other.sha256, other, first.tokenizer)
   calibration = first.cut("calibration", settings.calib_samples, settings.calib_tokens, settings.seed)
   evaluation = {

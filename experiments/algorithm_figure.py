@@ -1,7 +1,8 @@
-"""The figure of `experiments.algorithm_study`: quality over the seconds of calibration, one marker per algorithm, one colour per format."""
+"""The figure of `experiments.algorithm_study`: quality over CPU and wall seconds of calibration, one colour per format."""
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import tempfile
@@ -27,17 +28,19 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if any(r.get("kl") is not None for r in rows)
     else (("cosine", "cosine to float"),)
   )
-  save(path, [lambda axes, key=key, label=label: _panel(axes, rows, key, label) for key, label in measures], (6.4 * len(measures), 4.8))
+  clocks = (("cpu_seconds", "CPU seconds of calibration"), ("calibrate_seconds", "wall seconds of calibration"))
+  panels = [functools.partial(_panel, rows=rows, measure=measure, clock=clock) for clock in clocks for measure in measures]
+  save(path, panels, (6.4 * len(measures), 4.8 * len(clocks)), columns=len(measures))
 
 
-def save(path: Path, panels: Sequence[Any], size: tuple[float, float]) -> None:
-  """A figure with these panels beside each other, each drawn by a function of its axes."""
+def save(path: Path, panels: Sequence[Any], size: tuple[float, float], columns: int = 1) -> None:
+  """A figure with these panels, so many beside each other, each drawn by a function of its axes."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=size, dpi=110, layout="constrained")
   FigureCanvasAgg(figure)
-  for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+  for axes, panel in zip(figure.subplots(len(panels) // columns, columns, squeeze=False).flat, panels, strict=True):
     panel(axes)
   content = io.BytesIO()
   figure.savefig(content, format="png")
@@ -47,11 +50,12 @@ def save(path: Path, panels: Sequence[Any], size: tuple[float, float]) -> None:
   os.replace(file.name, path)
 
 
-def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
+def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], measure: tuple[str, str], clock: tuple[str, str]) -> None:
+  key, label = measure
   formats = list(dict.fromkeys(row["format"] for row in rows if row.get("algorithm")))
   for colour, name in zip(COLOURS * (1 + len(formats) // len(COLOURS)), formats, strict=False):
     own = [row for row in rows if row["format"] == name and row.get(key) is not None]
-    seconds = [max(row["cpu_seconds"], 0.1) for row in own]
+    seconds = [max(row[clock[0]], 0.1) for row in own]
     axes.scatter(seconds, [row[key] for row in own], color=colour, label=name, s=28)
     for x, row in zip(seconds, own, strict=True):
       axes.annotate(row["algorithm"], (x, row[key]), xytext=(4, 3), textcoords="offset points", fontsize=7)
@@ -61,7 +65,7 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str) -
   axes.set_xscale("log")
   if key != "cosine" and all(row[key] > 0 for row in rows if row.get(key) is not None):
     axes.set_yscale("log")
-  axes.set_xlabel("CPU seconds of calibration")
+  axes.set_xlabel(clock[1])
   axes.set_ylabel(label)
   axes.grid(alpha=0.25, linewidth=0.6)
   axes.legend(fontsize=8)

@@ -3,8 +3,9 @@
   python -m experiments.algorithm_study --model=smollm2 --formats=int4_g64,nvfp4 --algorithms=max,awq_lite,gptq,gptq_best
 
 Writes algorithm_study.csv, .md, .json, layers.csv and algorithm_study.png: perplexity and KL of every format and algorithm over the CPU
-seconds of its calibration. Formats and recipes are data in `experiments/recipes.py`; algorithms may also be written with options, such as
-gptq:act_order=true or svdquant+gptq. An encoder has no perplexity: it gets the cosine of its embeddings to the float model's.
+and wall seconds of its calibration. --write_table=docs/algorithms.md also puts the table into that file, between two marks. Formats and
+recipes are data in `experiments/recipes.py`; algorithms may also be written with options, such as gptq:act_order=true or svdquant+gptq.
+An encoder has no perplexity: it gets the cosine of its embeddings to the float model's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from experiments.cli import flag
 from experiments.report import Column
 
 TEXTS = ("first", "second")
+MEASURES = (*evaluate.MEASURES, "delta_nll_second", "kl_second")
+BY = ("backend", "format", "algorithm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +41,12 @@ class Options:
   eval_tokens: int = flag(256, "tokens in each evaluation window")
   batch_samples: int = flag(4, "windows that run at once")
   text_file: str = flag("", "a UTF-8 file in place of Python's documentation, for calibration and evaluation")
-  second_text_file: str = flag("", "a UTF-8 file of another kind; empty evaluates on the first text only")
+  second_text: str = flag("python-docstrings", "second evaluation text", ("python-docs", "python-docstrings", "none"))
+  second_text_file: str = flag("", "a UTF-8 file in place of --second_text")
   seeds: tuple[int, ...] = flag((0,), "each draws other calibration windows")
   share_scales: bool = flag(True, "siblings (q/k/v, gate/up) share tensor-level scales")
   out: str = flag("results/algorithm_study", "folder of the results; empty writes nothing")
+  write_table: str = flag("", "Markdown file that gets the table between two marks, appended where they are missing; empty writes none")
 
 
 COLUMNS = (
@@ -74,13 +79,19 @@ def run(options: Options) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
   """(one row per backend, format, algorithm and seed, the float model first; one row per layer of each).
 
   Raises:
-    ValueError: an unknown format or algorithm, or a text that is too short.
+    ValueError: an unknown format or algorithm, an empty flag, or a text that is too short.
+    FileNotFoundError: no such file for the table.
   """
+  for name in ("formats", "algorithms", "seeds"):
+    if not getattr(options, name):
+      raise ValueError(f"--{name} is empty; name one or more, separated by commas")
+  if options.write_table and not Path(options.write_table).is_file():
+    raise FileNotFoundError(f"--write_table={options.write_table}: no such file; make it first, the table goes into it")
   algorithms = recipes.algorithms(options.algorithms)
   configs = [(f, name, recipes.config(f, algorithm)) for f in options.formats for name, algorithm in algorithms.items()]
   texts = [setup.open_text(options.model, "python-docs", options.text_file)]
-  if options.second_text_file:
-    texts.append(setup.open_text(options.model, "python-docs", options.second_text_file))
+  if options.second_text_file or options.second_text != "none":
+    texts.append(setup.open_text(options.model, options.second_text, options.second_text_file))
   windows = [setup.in_batches(t.cut("evaluation", options.eval_samples, options.eval_tokens), options.batch_samples) for t in texts]
   calibration = {seed: texts[0].cut("calibration", options.calib_samples, options.calib_tokens, seed) for seed in options.seeds}
   wanted = setup.backends(options.backend)
@@ -105,6 +116,8 @@ def run(options: Options) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
       "algorithms": algorithms,
     }
     write(Path(options.out), rows, layers, manifest.manifest(cli.command("experiments.algorithm_study", options), **facts))
+  if options.write_table:
+    write_table(Path(options.write_table), options, rows)
   return rows, layers
 
 
@@ -141,20 +154,52 @@ def write(folder: Path, rows: list[dict[str, Any]], layers: list[dict[str, Any]]
   manifest.write_csv(folder / "algorithm_study.csv", [{**row, "commit": facts["commit"]} for row in rows])
   if layers:
     manifest.write_csv(folder / "layers.csv", layers)
-  manifest.write_json(folder / "algorithm_study.json", {**facts, "rows": rows})
+  manifest.write_json(folder / "algorithm_study.json", {**facts, "rows": rows, "over_seeds": evaluate.over_seeds(rows, BY, MEASURES)})
   manifest.write_text(folder / "algorithm_study.md", report.markdown(rows, COLUMNS) + f"\nRepeat with `{facts['command']}`.\n")
   algorithm_figure.draw(folder / "algorithm_study.png", rows)
 
 
-def main(options: Options) -> int:
-  rows, _ = run(options)
-  notes = [
+def write_table(path: Path, options: Options, rows: list[dict[str, Any]]) -> None:
+  """Put the table, its notes and its command between the two marks of this model in a Markdown file; what else is in the file stays.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: one of the two marks without the other, or out of order.
+  """
+  begin, end = (f"<!-- {word} algorithm_study {Path(options.model).name} -->" for word in ("begin", "end"))
+  text = path.read_text(encoding="utf-8")
+  body = f"{report.markdown(rows, COLUMNS)}\n{'. '.join(notes(options, rows))}. `{cli.command('experiments.algorithm_study', options)}`"
+  section = f"{begin}\n\n{body}\n\n{end}"
+  if begin not in text and end not in text:
+    manifest.write_text(path, f"{text.rstrip()}\n\n{section}\n")
+    return
+  before, found, rest = text.partition(begin)
+  _, closed, after = rest.partition(end)
+  if not found or not closed:
+    raise ValueError(
+      f"{path} needs {begin!r} and after it {end!r}, and has one of them alone or the other way round; write both, or neither"
+    )
+  manifest.write_text(path, before + section + after)
+
+
+def notes(options: Options, rows: list[dict[str, Any]]) -> list[str]:
+  """What a table needs beside it: how many tokens, and over several seeds the mean with its interval."""
+  found = [
     f"{options.calib_samples} x {options.calib_tokens} calibration and {options.eval_samples} x {options.eval_tokens} evaluation tokens; "
     "+- is the paired standard error"
   ]
+  for entry in evaluate.over_seeds(rows, BY, MEASURES):
+    figures = [f"{key} {entry[key]:.4f} +- {entry[f'{key}_ci95']:.4f}" for key in ("perplexity", "kl", "cosine") if key in entry]
+    found.append(f"{entry['format']} {entry['algorithm']} {entry['backend']}: {', '.join(figures)} (95 %, {entry['seeds']} seeds)")
+  return found
+
+
+def main(options: Options) -> int:
+  rows, _ = run(options)
+  beside = notes(options, rows)
   if options.out:
-    notes.append(f"written to {options.out}/algorithm_study.csv, .md, .json, .png, layers.csv")
-  report.show(rows, COLUMNS, f"Calibration of {options.model}", notes)
+    beside.append(f"written to {options.out}/algorithm_study.csv, .md, .json, .png, layers.csv")
+  report.show(rows, COLUMNS, f"Calibration of {options.model}", beside)
   print(f"repeat: {cli.command('experiments.algorithm_study', options)}")
   return 0
 

@@ -9,7 +9,7 @@ import math
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,42 @@ def figures(scores: dict[str, np.ndarray], base: dict[str, np.ndarray] | None) -
     found["delta_nll"], found["delta_nll_se"] = mean_and_error(scores["nll"] - base["nll"])
     found["kl"], found["kl_se"] = mean_and_error(scores["kl"])
     found["top1"] = float(scores["top1"].mean())
+  return found
+
+
+MEASURES = ("perplexity", "delta_nll", "kl", "top1", "cosine")
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]], by: Sequence[str], measures: Sequence[str] = MEASURES) -> list[dict[str, Any]]:
+  """Mean over seeds with a 95 % interval (Student's t).
+
+  Args:
+    rows: rows with a "seed"; those without one, such as the float model's, are left out.
+    by: keys that name what ran.
+    measures: keys of the figures.
+
+  Returns:
+    One dict for everything that ran with more than one seed: its keys, "seeds", and per measure the mean and "<measure>_ci95", half the
+    interval's width.
+  """
+  import scipy.stats
+
+  groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+  for row in rows:
+    if row.get("seed") is not None:
+      groups.setdefault(tuple(row.get(key) for key in by), []).append(row)
+  found = []
+  for name, own in groups.items():
+    if len(own) < 2:
+      continue
+    entry: dict[str, Any] = {**dict(zip(by, name, strict=True)), "seeds": len(own)}
+    t = float(scipy.stats.t.ppf(0.975, len(own) - 1))
+    for key in measures:
+      values = [row[key] for row in own if row.get(key) is not None]
+      if len(values) == len(own):
+        mean, error = mean_and_error(np.asarray(values))
+        entry |= {key: mean, f"{key}_ci95": t * error}
+    found.append(entry)
   return found
 
 

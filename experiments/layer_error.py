@@ -3,7 +3,8 @@
   python -m experiments.layer_error --model=smollm2 --config=INT4_AWQ_CFG
 
 "alone" feeds the float model's input to the one quantized layer; "accumulated" is the layer's output in the quantized model. Errors are
-relative: |y - y_q|^2 / |y|^2 over all evaluation tokens. Writes layer_error.csv, .json and .png (both along depth).
+relative: |y - y_q|^2 / |y|^2 over all evaluation tokens. Algorithms that move factors or rotations between layers have no such error: a
+layer of theirs has another function than the float model's. Writes layer_error.csv, .json and .png (both along depth).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from core import metrics
+from core.config import normalize
 from experiments import algorithm_figure, calibration_runs, cli, evaluate, manifest, report, setup
 from experiments.cli import flag
 from experiments.report import Column
@@ -51,6 +53,10 @@ COLUMNS = (
 )
 
 
+# They leave the model's function as it is and change that of its layers, so that a layer has no counterpart in the float model.
+MOVERS = ("cross_layer_equalization", "fold_pre_quant_scale", "rotate")
+
+
 class _Sums:
   """Running sums of y^2, z^2, y z and (y - z)^2."""
 
@@ -80,9 +86,10 @@ def run(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
   """(one row per layer in the model's order, figures of the whole model).
 
   Raises:
-    ValueError: an unknown configuration or algorithm, or a text that is too short.
+    ValueError: an unknown configuration, an algorithm that is unknown or one of `MOVERS`, or a text that is too short.
   """
   config = calibration_runs.with_algorithms(setup.read_configs([options.config]), [options.algorithm] if options.algorithm else [])[0]
+  _check(config)
   text = setup.open_text(options.model, "python-docs", options.text_file)
   calibration = text.cut("calibration", options.calib_samples, options.calib_tokens, options.seed)
   windows = setup.in_batches(text.cut("evaluation", options.eval_samples, options.eval_tokens), options.batch_samples)
@@ -118,6 +125,15 @@ def run(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     facts = {"options": dataclasses.asdict(options), "text": {"source": text.source, "sha256": text.sha256}, "config": config.full}
     _write(Path(options.out), rows, {**manifest.manifest(cli.command("experiments.layer_error", options), **facts), "model_figures": whole})
   return rows, whole
+
+
+def _check(config: setup.Config) -> None:
+  moving = [step.method for step in normalize(config.value).algorithm if step.method in MOVERS]
+  if moving:
+    raise ValueError(
+      f"layer_error cannot compare layers under {', '.join(map(repr, moving))}, which gives layers another function than the float model's "
+      "(the model's stays); leave it out, or measure the whole model with experiments.algorithm_study"
+    )
 
 
 def model_weights(model: Any, config: Any, calibration: np.ndarray) -> list[Any]:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 import core
-from core.metrics import mean_and_error
 from experiments import calibration_runs, cli, evaluate, manifest, report, setup
 from experiments.cli import flag
 from experiments.report import Column
@@ -194,23 +193,8 @@ def weight_figures(quantized: Any) -> dict[str, Any]:
 
 
 def spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Mean over seeds with a 95 % interval (Student's t), for every backend and configuration that ran with more than one seed."""
-  import scipy.stats
-
-  found = []
-  for backend, config in dict.fromkeys((row["backend"], calibration_runs.name_of(row)) for row in rows):
-    own = [row for row in rows if (row["backend"], calibration_runs.name_of(row)) == (backend, config) and row["seed"] is not None]
-    if len(own) < 2:
-      continue
-    entry: dict[str, Any] = {"backend": backend, "config": config, "seeds": len(own)}
-    t = float(scipy.stats.t.ppf(0.975, len(own) - 1))
-    for key in ("perplexity", "delta_nll", "kl", "top1", "cosine"):
-      values = [row[key] for row in own if row.get(key) is not None]
-      if len(values) == len(own):
-        mean, error = mean_and_error(np.asarray(values))
-        entry |= {key: mean, f"{key}_ci95": t * error}
-    found.append(entry)
-  return found
+  """Mean over seeds with a 95 % interval, for every backend, configuration and algorithm that ran with more than one seed."""
+  return evaluate.over_seeds([{**row, "config": calibration_runs.name_of(row)} for row in rows], ("backend", "config"))
 
 
 def write(folder: Path, rows: list[dict[str, Any]], facts: dict[str, Any], seeds: list[dict[str, Any]]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-SOURCES = ("python-docs",)
+SOURCES = ("python-docs", "python-docstrings")
 PARTS = ("calibration", "evaluation")
 
 
@@ -25,7 +28,8 @@ def load_text(source: str = "python-docs", text_file: str | Path | None = None) 
 
   Args:
     source: "python-docs", the language reference that every Python installation carries (`pydoc_data.topics`, 465 KB of English; it
-      differs between Python versions, hence the hash).
+      differs between Python versions, hence the hash); "python-docstrings", the docstrings of the standard library's top-level modules, by
+      name of the module and position.
     text_file: a UTF-8 file; it takes the place of `source`.
 
   Raises:
@@ -43,9 +47,24 @@ def load_text(source: str = "python-docs", text_file: str | Path | None = None) 
     return _text(text, str(text_file))
   if source not in SOURCES:
     raise ValueError(f"text source {source!r} is unknown; allowed are {', '.join(map(repr, SOURCES))}, or give text_file")
+  if source == "python-docstrings":
+    return _text(_docstrings(), source)
   from pydoc_data.topics import topics
 
   return _text("\n\n".join(topics[key] for key in sorted(topics)), source)
+
+
+def _docstrings() -> str:
+  """English about code; sources are parsed, not imported."""
+  folder = Path(sysconfig.get_paths()["stdlib"])
+  parts = []
+  for name in sorted(sys.stdlib_module_names):
+    path = folder / f"{name}.py"
+    if path.is_file():
+      nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+      found = (ast.get_docstring(n) for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef))
+      parts += [text for text in found if text]
+  return "\n\n".join(parts)
 
 
 def _text(text: str, source: str) -> Text:
