@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Collection
 from typing import Any
@@ -20,8 +21,9 @@ from jax_backend.interceptors import INPUT, quantizing
 from jax_backend.lifted import with_params
 from jax_backend.quantizer import PASS, AnyQuantizer
 from jax_backend.taps import Tap
-from jax_backend.tree import Path
+from jax_backend.tree import RIDER, Path, Rider
 
+_tokens = itertools.count()
 _NUMBERED = re.compile(r"^(.*?)_?(\d+)$")
 
 
@@ -41,16 +43,18 @@ class Chain:
   def find(cls, host: Any, loop: Callable[[Any], Any] | None, exclude_padding: bool) -> Chain:
     """Find the chain and record what its blocks are called with, for every batch of the forward loop.
 
-    An abstract trace shows whether the blocks are a chain; then only what stands around them is computed.
+    The first batch runs through the blocks and shows whether they are a chain; for the others the blocks are passed over, so that only
+    what stands around them is computed. Without data, numbered siblings are taken for a chain.
     """
     paths = _candidate([place.path for place in host.places.values() if not place.index])
-    if loop is None or len(paths) < 2:
+    if len(paths) < 2:
       return cls([], [])
     recorder = _Recorder(host, paths, exclude_padding)
-    loop(recorder)
-    if not recorder.is_chain or len(recorder.modules) != len(paths):
+    if loop is not None:
+      loop(recorder)
+    if not recorder.is_chain:
       return cls([], [])
-    blocks = [JaxBlock(host, path, recorder.modules[path], recorder.calls[path]) for path in paths]
+    blocks = [JaxBlock(host, path, recorder.modules.get(path), recorder.calls[path]) for path in paths]
     return cls(blocks, recorder.hidden)
 
 
@@ -81,83 +85,96 @@ class Call:
 
 
 class _Recorder:
-  """Runs the model with its blocks passed over and records what they are called with."""
+  """Runs the model and records what its blocks are called with; from the second batch on, the blocks return their input.
+
+  Arguments ride out of the blocks in riders, as calibration's tensors do, since under nn.remat a block's inside sees tracers alone.
+  """
 
   def __init__(self, host: Any, paths: list[Path], exclude_padding: bool) -> None:
     self._host = host
     self._order = {path: i for i, path in enumerate(paths)}
     self._exclude_padding = exclude_padding
-    self._previous: Any = None
     self._rest: dict[Path, Any] = {}
-    self._traced = False
-    self._tracing = False
-    self._mask: np.ndarray | None = None
+    self._met: dict[Path, tuple[Any, ...]] = {}  # blocks of this batch: what is static of their arguments, and the shapes of the others
+    self._open: set[Path] = set()
     self.is_chain = True
     self.modules: dict[Path, nn.Module] = {}
     self.calls: dict[Path, list[Call]] = {path: [] for path in paths}
     self.hidden: list[Any] = []
 
   def __call__(self, *args: Any, rngs: Any = None, method: Any = None, mutable: Any = False, **kwargs: Any) -> Any:
-    self._mask = watch.mask_of(kwargs) if self._exclude_padding else None
-    if not self._traced:
-      self._tracing, self._traced = True, True
-      dynamic, rest = discover.split_arrays(args, kwargs)
-
-      def abstract(dynamic: Any) -> Any:
-        inner_args, inner_kwargs = discover.join_arrays(dynamic, rest)
-        return self._apply(inner_args, inner_kwargs, rngs, method, mutable)
-
-      jax.eval_shape(abstract, dynamic)
-      self._tracing = False
-      self.is_chain = self.is_chain and len(self.modules) == len(self._order)
-    return self._apply(args, kwargs, rngs, method, mutable)
+    module = self._host.qmodule.module
+    plain = {name: value for name, value in self._host.variables.items() if name != "quant"}
+    self._met = {}
+    params, token = plain["params"], f"call {next(_tokens)}"
+    for path in self._order:  # so that nn.jit takes no trace of another block or batch for it
+      params = tree.replaced(params, path, {**tree.lookup(params, path), RIDER: Rider({}, (token, path))})
+    plain["params"] = params
+    with nn.intercept_methods(self._intercept):
+      y, updates = module.apply(plain, *args, rngs=rngs, method=method, mutable=with_params(mutable), **kwargs)
+    if self.is_chain:
+      self._keep(updates.get("params", {}), watch.mask_of(module, method, args, kwargs) if self._exclude_padding else None)
+    return y if mutable is False or mutable is None else (y, {name: value for name, value in updates.items() if name != "params"})
 
   def apply(self, _: Any, *args: Any, **kwargs: Any) -> Any:
     """As `__call__`, for loops that are written with `model.apply(variables, batch)`."""
     return self(*args, **kwargs)
 
-  def _apply(self, args: Any, kwargs: Any, rngs: Any, method: Any, mutable: Any) -> Any:
-    variables = self._host.variables
-    plain = {name: value for name, value in variables.items() if name != "quant"}
-    with nn.intercept_methods(self._intercept):
-      return self._host.qmodule.module.apply(plain, *args, rngs=rngs, method=method, mutable=mutable, **kwargs)
-
   def _intercept(self, next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
     path = tuple(context.module.path) if context.module.scope is not None else ()
-    if path not in self._order or context.method_name != "__call__" or not args or not hasattr(args[0], "dtype"):
+    if path not in self._order or context.method_name != "__call__" or path in self._open or not self.is_chain:
       return next_fun(*args, **kwargs)
-    if self._tracing:
-      return self._trace(next_fun, path, args, kwargs, context)
-    if not self.is_chain:
-      return next_fun(*args, **kwargs)
-    if path not in self.modules:
-      self.modules[path] = context.module.clone(parent=None, name=None)
-    if self._order[path] == 0:
-      self.hidden.append(args[0])
-    self.calls[path].append(Call(args[1:], kwargs, self._mask))
-    rest = self._rest[path]
-    return args[0] if rest is None else (args[0], *rest)
-
-  def _trace(self, next_fun: Any, path: Path, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    if path in self._rest:  # the inside of a lifted method (nn.remat) that has been seen from outside
-      return next_fun(*args, **kwargs)
-    place = self._order[path]
-    if place and args[0] is not self._previous:
+    if path in self._met or not args or not hasattr(args[0], "dtype"):
       self.is_chain = False
-    self._rest[path] = None
+      return next_fun(*args, **kwargs)
+    dynamic, rest = discover.split_arrays(args, kwargs)
+    self._met[path] = (rest, [None if a is None else jnp.shape(a) for a in dynamic])
+    shown = {str(i): a for i, a in enumerate(dynamic) if a is not None}
+    if path in self._rest:
+      y = args[0] if self._rest[path] is None else (args[0], *self._rest[path])
+    else:
+      y = self._first(next_fun, path, args, kwargs, context.module)
+      shown["out"] = y[0] if isinstance(y, tuple) else y
+    context.module.put_variable("params", RIDER, Rider({}, taps=shown))
+    return y
+
+  def _first(self, next_fun: Any, path: Path, args: Any, kwargs: Any, module: nn.Module) -> Any:
+    """The block itself, in the first batch."""
+    self.modules[path] = module.clone(parent=None, name=None)
+    self._open.add(path)
     y = next_fun(*args, **kwargs)
-    self.modules[path] = context.module.clone(parent=None, name=None)
-    self._rest[path] = tuple(y[1:]) if isinstance(y, tuple) else None
-    self._previous = y[0] if isinstance(y, tuple) else y
-    if getattr(self._previous, "shape", None) != args[0].shape or (self._rest[path] or (None,))[0] is not None:
+    self._open.discard(path)
+    out, *rest = y if isinstance(y, tuple) else (y,)
+    self._rest[path] = tuple(rest) if isinstance(y, tuple) else None
+    if getattr(out, "shape", None) != args[0].shape or any(value is not None for value in rest):
       self.is_chain = False
     return y
+
+  def _keep(self, params: Any, mask: np.ndarray | None) -> None:
+    """What one batch has shown; it is a chain where each block was handed what the one before returned."""
+    before, first = None, not self.hidden
+    for path in self._order:
+      rider = tree.lookup(params, (*path, RIDER))
+      if path not in self._met or rider is None:
+        self.is_chain = False
+        return
+      rest, shapes = self._met[path]
+      dynamic = [None if shape is None else rider.taps[str(i)] for i, shape in enumerate(shapes)]
+      args, kwargs = discover.join_arrays(dynamic, rest)
+      stacked = any(a is not None and jnp.shape(a) != shape for a, shape in zip(dynamic, shapes, strict=True))  # by nn.vmap or nn.scan
+      if stacked or (before is not None and not np.array_equal(args[0], before, equal_nan=True)):
+        self.is_chain = False
+        return
+      before = rider.taps["out"] if first else None
+      if self._order[path] == 0:
+        self.hidden.append(args[0])
+      self.calls[path].append(Call(args[1:], kwargs, mask))
 
 
 class JaxBlock:
   """One block (`core.calibrate.host.Block`)."""
 
-  def __init__(self, host: Any, path: Path, module: nn.Module, calls: list[Call]) -> None:
+  def __init__(self, host: Any, path: Path, module: nn.Module | None, calls: list[Call]) -> None:
     self._host = host
     self._path = path
     self._module = module
@@ -238,9 +255,9 @@ def _bare(quantizer: AnyQuantizer) -> AnyQuantizer:
   return quantizer.map(lambda q: q.replace(parent_classes=(), group=None))
 
 
-def _apply(module: nn.Module, rest: Any, variables: Any, quant: Any, dynamic: Any) -> tuple[Any, Any]:
+def _apply(module: nn.Module, rest: Any, variables: Any, quant: Any, dynamic: Any, tap: Tap | None = None) -> tuple[Any, Any]:
   args, kwargs = discover.join_arrays(dynamic, rest)
-  mounted = {**variables, "params": tree.mount(variables.get("params", {}), quant)}
+  mounted = {**variables, "params": tree.mount(variables.get("params", {}), quant, tap)}
   with nn.intercept_methods(quantizing):
     y, updates = module.apply(mounted, *args, mutable=with_params(False), **kwargs)
   return (y[0] if isinstance(y, tuple) else y), updates["params"]
@@ -248,9 +265,9 @@ def _apply(module: nn.Module, rest: Any, variables: Any, quant: Any, dynamic: An
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(module: nn.Module, rest: Any, tap: Tap | None, variables: Any, quant: Any, dynamic: Any) -> Any:
-  with taps.tapping(tap):
-    y, params = _apply(module, rest, variables, quant, dynamic)
-  tensors, aliases = taps.shown(params)
+  with taps.tapping(tap) as order:
+    y, params = _apply(module, rest, variables, quant, dynamic, tap)
+  tensors, aliases = taps.shown(params, order)
   return y, taps.unkeyed(tensors), watch.Static(aliases)
 
 

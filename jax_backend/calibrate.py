@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from core.calibrate import algorithms, builtin_activations, driver
+from core.calibrate import algorithms, driver
 from core.config import ConfigWarning
 from core.config.algorithms import AlgorithmConfig, read_algorithm, register_algorithm_name
 from core.config.frozen import thaw
-from jax_backend import discover, groups, statistics, tree, weights
+from jax_backend import discover, groups, histograms, statistics, tree, weights
 from jax_backend.apply import QuantModule
 from jax_backend.discover import Found
 from jax_backend.edit import is_quantized
@@ -187,13 +187,6 @@ def run(
       driver.run(host, algorithms.find(str(step.method), "jax_backend"), options, report)
       result = host.variables
     create = None
-  leaves = [one for _, _, q in tree.items(result.get("quant", {})) if q.param is None for one in q.leaves if one.is_enabled]
-  if forward_loop is not None and any(one.config.calibrator == "histogram" for one in leaves):
-    from jax_backend.host import JaxHost
-
-    host = JaxHost(qmodule, result, forward_loop)
-    builtin_activations.by_calibrators(host, report)
-    result = host.synced()
   _warn_uncalibrated(result, forward_loop)
   return result
 
@@ -243,7 +236,7 @@ def max_calibrate(
     start = {key: q.with_mode(CALIBRATE) for key, q in _entries(quant).items()}
     runner = Runner(qmodule, {**qvariables, "quant": tree.build(start)}, create)
     forward_loop(runner)
-    quant = runner.finished()
+    quant = histograms.calibrated(qmodule, {**qvariables, "quant": runner.finished()}, forward_loop)
   return {**qvariables, "quant": groups.merge(_with_weights(qvariables, quant, lambda q: True))}
 
 
@@ -276,7 +269,8 @@ def collect_activations(
   runner = Runner(qmodule, {**qvariables, "quant": tree.build(start)})
   forward_loop(runner)
   after = _entries(runner.finished())
-  return tree.build({key: after[key] if key in chosen else q for key, q in before.items()})
+  quant = tree.build({key: after[key] if key in chosen else q for key, q in before.items()})
+  return histograms.calibrated(qmodule, {**qvariables, "quant": quant}, forward_loop, chosen)
 
 
 def _lacks(quantizer: AnyQuantizer) -> bool:

@@ -85,7 +85,7 @@ def trace(
     y = next_fun(*args, **kwargs)
     if kind is not None and context.method_name in (*kind.methods, *kind.weight_methods) and _is_ours(inner, token):
       _note(found, inner, kind, context.method_name, args, kwargs, y)
-      inner.put_variable("params", RIDER, Rider({"stack": [jnp.zeros(s) for s in _MARKERS]}, token))
+      inner.put_variable("params", RIDER, Rider({"stack": [jnp.zeros(s) for s in _MARKERS]}, (token, tuple(inner.path))))
     return y
 
   def call(variables: Any, dynamic: Any, rngs: Any) -> Any:
@@ -106,13 +106,13 @@ def _is_ours(module: nn.Module, token: int) -> bool:
   """Whether the module belongs to the traced model, not to another one that runs inside it."""
   rider = module.get_variable("params", RIDER)
   if rider is not None:
-    return rider.probe == token
+    return rider.probe is not None and rider.probe[0] == token
   return module.is_mutable_collection("params")  # a module without parameters carries no probe
 
 
-def _probe(params: Any, token: int) -> dict[str, Any]:
-  probed = {name: _probe(node, token) if isinstance(node, Mapping) else node for name, node in params.items()}
-  return {**probed, RIDER: Rider({}, token)}
+def _probe(params: Any, token: int, path: Path = ()) -> dict[str, Any]:
+  probed = {name: _probe(node, token, (*path, name)) if isinstance(node, Mapping) else node for name, node in params.items()}
+  return {**probed, RIDER: Rider({}, (token, path))}
 
 
 def _markers(params: Mapping[str, Any], path: Path = ()) -> dict[Path, Any]:

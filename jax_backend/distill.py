@@ -51,7 +51,7 @@ class Teacher:
     y = _float(self.qmodule, rest, method, self.variables, dynamic, rngs)
     self.calls.append((args, kwargs))
     self.outputs.append(result_of(y).astype(KEPT))
-    self.masks.append(watch.mask_of(kwargs) if self.exclude_padding else None)
+    self.masks.append(watch.mask_of(self.qmodule.module, method, args, kwargs) if self.exclude_padding else None)
     return y
 
   def apply(self, _: Any, *args: Any, **kwargs: Any) -> Any:

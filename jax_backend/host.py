@@ -14,7 +14,7 @@ from flax.core import meta
 
 from core.calibrate.host import PREPARED, TensorVisit, Visit
 from core.calibrate.layer import Change, Layer
-from core.config.frozen import thaw
+from core.config.schema import QuantizerConfig
 from core.spec import QuantSpec
 from jax_backend import groups, layouts, tree, weights
 from jax_backend.apply import QuantModule
@@ -142,8 +142,12 @@ class JaxHost(Parameters):
       self._quant[key] = self._calibrated(name, place, change)
     if change.bias is not None:
       self._set_bias(place, change.bias)
-    if change.input_amax is not None:
-      self._set_input_amax(place, change.input_amax)
+    if change.input_amax is not None and not (change.pre_quant_scale is not None and self._by_histogram(place)):
+      self._set_activation_amax((place.path, INPUT), place.index, change.input_amax)
+
+  def _by_histogram(self, place: Place) -> bool:
+    """Whether amax of a scaled input is not the largest magnitude but what a histogram says: `settle` finds it."""
+    return self._quant[place.path, INPUT].leaves[0].config.calibrator == "histogram"
 
   def _set_weight(self, place: Place, weight: np.ndarray) -> None:
     quantizer = self._quant[place.path, WEIGHT]
@@ -209,19 +213,14 @@ class JaxHost(Parameters):
     if any(q.is_enabled and q.config.needs_calibration for q in quantizer.leaves):
       self._changed_inputs.add(place.path)
 
-  def _set_input_amax(self, place: Place, amax: Any) -> None:
-    quantizer = self._quant[place.path, INPUT]
-    first = quantizer.leaves[0]
-    new = _merged(first, _sliced(first, place.index).with_amax(np.asarray(amax, np.float32)), place.index)
-    self._quant[place.path, INPUT] = quantizer.map(lambda q: new if q is first else q)
-    if not place.index:
-      self._changed_inputs.discard(place.path)
-
   def set_amax(self, name: str, amax: np.ndarray | float) -> None:
-    key = next(key for key in self._quant if tree.full_name(*key) == name)
+    self._set_activation_amax(*self._activations()[name], amax)
+
+  def _set_activation_amax(self, key: tuple[Path, str], index: tuple[int, ...], amax: Any) -> None:
     first = self._quant[key].leaves[0]
-    self._quant[key] = self._quant[key].map(lambda q: q.with_amax(np.asarray(amax, np.float32)) if q is first else q)
-    if key[1] == INPUT:
+    new = _merged(first, _sliced(first, index).with_amax(np.asarray(amax, np.float32)), index)
+    self._quant[key] = self._quant[key].map(lambda q: new if q is first else q)
+    if key[1] == INPUT and not index:
       self._changed_inputs.discard(key[0])
 
   def _sync(self) -> dict[str, Any]:
@@ -250,10 +249,25 @@ class JaxHost(Parameters):
         found[tree.full_name(*key)] = first.spec
     return found
 
-  def calibrators(self) -> dict[str, tuple[str, dict[str, Any]]]:
-    wanted = self.activation_specs()
-    held = {tree.full_name(*key): q.leaves[0].config for key, q in self._quant.items()}
-    return {name: (held[name].calibrator, thaw(held[name].calibrator_options)) for name in wanted}
+  def activation_configs(self) -> dict[str, QuantizerConfig]:
+    return {name: self._quant[key].leaves[0].config for name, (key, _) in self._activations().items()}
+
+  def _activations(self) -> dict[str, tuple[tuple[Path, str], tuple[int, ...]]]:
+    """Place and copy of the enabled activation quantizers. A stack that has no amax, hence saw no data, comes as one."""
+    found = {}
+    for (path, name), quantizer in self._quant.items():
+      first = quantizer.leaves[0]
+      if quantizer.param is None and first.is_enabled and first.config.constant_amax is None:
+        sizes = () if first.amax is None else first.amax.shape[: len(first.stack)]
+        module, _, role = tree.full_name(path, name).rpartition(".")
+        for index in np.ndindex(sizes):
+          label = module + (f"[{','.join(map(str, index))}]" if index else "")
+          found[f"{label}.{role}" if label else role] = ((path, name), index)
+    return found
+
+  def activation_amax(self, name: str) -> np.ndarray | None:
+    key, index = self._activations()[name]
+    return _at(self._quant[key].leaves[0].amax, index)
 
   def observe(self, visit: Visit, names: Collection[str] | None = None, point: str = PREPARED) -> None:
     if self._loop is None:
@@ -265,13 +279,19 @@ class JaxHost(Parameters):
   def observe_tensors(self, visit: TensorVisit, names: Collection[str]) -> None:
     if self._loop is None:
       return
-    keys = [key for key in self._quant if tree.full_name(*key) in names]
+    places: dict[tuple[Path, str], dict[tuple[int, ...], str]] = {}
+    for name, (key, index) in self._activations().items():
+      if name in names:
+        places.setdefault(key, {})[index] = name
 
-    def tell(members: Sequence[tuple[Path, str]], x: np.ndarray, mask: Any) -> None:
+    def tell(members: Sequence[tuple[Path, str]], x: np.ndarray, mask: np.ndarray | None) -> None:
       for key in members:
-        visit(tree.full_name(*key), x)
+        layout = self._quant[key].layout
+        for index, name in places[key].items():
+          shown = np.asarray(layouts.to_torch(x[index], layout), np.float32)
+          visit(name, rows_of(shown, mask) if mask is not None and mask.shape == shown.shape[:-1] else shown)
 
-    self._loop(Watch(self.qmodule, self._sync(), keys, PREPARED, tell, False))
+    self._loop(Watch(self.qmodule, self._sync(), list(places), PREPARED, tell, self._exclude_padding))
 
   def blocks(self) -> Sequence[JaxBlock]:
     return self._found().blocks
@@ -325,7 +345,9 @@ class JaxHost(Parameters):
       quantizer = self._quant[place.path, WEIGHT]
       digest.update(name.encode())
       digest.update(repr([q.config for q in quantizer.leaves]).encode())
-      digest.update(np.ascontiguousarray(np.asarray(layouts.to_torch(self._stored(place), quantizer.layout), np.float32)).tobytes())
+      layer = self.layer(name)
+      for part in (layer.weight, layer.amax, layer.tensor_amax, layer.bias, self.pre_quant_scale(name)):
+        digest.update(b"-" if part is None else np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
 
 

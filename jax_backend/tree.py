@@ -28,13 +28,14 @@ class Rider:
 
   Attributes:
     quantizers: name -> quantizer.
-    probe: static token of a discovery pass, unique, so that no cached trace is mistaken for it; None otherwise.
+    probe: static; where a trace must be of this module and this pass alone, what tells it from all others (nn.jit keeps traces, of equal
+      layers as well): (token or tap, module path). None otherwise.
     taps: tensors that calibration asked to see, by quantizer name, on their way out.
     alias: path of the module that reads the same input and shows it (static), or None.
   """
 
   quantizers: dict[str, Any]
-  probe: int | None = None
+  probe: Any = None
   taps: dict[str, Any] = dataclasses.field(default_factory=dict)
   alias: Path | None = None
 
@@ -94,16 +95,23 @@ def replaced(node: Any, path: Path, value: Any) -> Any:
   return {**node, path[0]: replaced(node[path[0]], path[1:], value)}
 
 
-def mount(params: Any, quant: Mapping[str, Any]) -> dict[str, Any]:
-  """`params` with the quantizers of every module riding in it. The arguments stay as they are."""
+def mount(params: Any, quant: Mapping[str, Any], mark: Any = None, path: Path = ()) -> dict[str, Any]:
+  """`params` with the quantizers of every module riding in it. The arguments stay as they are.
+
+  Args:
+    params: parameters.
+    quant: quantizers.
+    mark: hashable; with it every rider has the probe (mark, module path).
+    path: of `params`.
+  """
   merged = dict(params) if params is not None else {}
   own = {name: _to_ride(node) for name, node in quant.items() if is_quantizer(node)}
   if own:
-    merged[RIDER] = Rider(own)
+    merged[RIDER] = Rider(own, None if mark is None else (mark, path))
   for name, node in quant.items():
     if not is_quantizer(node):
       below = merged.get(name)
-      merged[name] = mount(below if isinstance(below, Mapping) else {}, node)
+      merged[name] = mount(below if isinstance(below, Mapping) else {}, node, mark, (*path, name))
   return merged
 
 

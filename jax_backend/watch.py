@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from core.calibrate.padding import mask_argument
 from jax_backend import discover, taps, tree
 from jax_backend.apply import QuantModule
 from jax_backend.interceptors import quantizing
@@ -28,7 +29,7 @@ class Watch:
   Args:
     qmodule, qvariables: the model.
     keys: (module path, quantizer name) of the quantizers.
-    point: PREPARED or QUANTIZED, as in `core.calibrate.host`.
+    point: PREPARED or QUANTIZED, as in `core.calibrate.host`, or `taps.UNROUNDED`.
     seen: called with the keys that saw one tensor, the tensor, and the call's attention mask (None unless asked for).
     masked: give `seen` the attention mask of the call.
   """
@@ -47,7 +48,7 @@ class Watch:
     dynamic, rest = discover.split_arrays(args, kwargs)
     frozen = tuple(mutable) if isinstance(mutable, list | set) else mutable
     y, tensors, aliases = _step(self._qmodule, rest, method, frozen, self._tap, self._variables, dynamic, rngs)
-    hand_out(tensors, aliases.value, self._seen, mask_of(kwargs) if self._masked else None)
+    hand_out(tensors, aliases.value, self._seen, mask_of(self._qmodule.module, method, args, kwargs) if self._masked else None)
     return y
 
   def apply(self, _: Any, *args: Any, **kwargs: Any) -> Any:
@@ -55,10 +56,11 @@ class Watch:
     return self(*args, **kwargs)
 
 
-def mask_of(kwargs: Mapping[str, Any]) -> np.ndarray | None:
-  """The attention mask [B, T] among a call's arguments, or None."""
-  mask = kwargs.get("attention_mask")
-  return np.asarray(mask) if mask is not None and getattr(mask, "ndim", 0) == 2 else None
+def mask_of(module: nn.Module, method: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> np.ndarray | None:
+  """The attention mask [B, T] among the arguments of `module.apply(..., method=method)`, or None."""
+  function = method if callable(method) else getattr(type(module), method or "__call__")
+  mask = mask_argument(function, (module, *args), kwargs)
+  return None if mask is None else np.asarray(mask)
 
 
 def hand_out(tensors: Mapping[str, Any], aliases: Mapping[Path, Path], seen: Seen, mask: np.ndarray | None) -> None:
@@ -116,11 +118,11 @@ class _Hashed:
 def _step(qmodule: QuantModule, rest: Any, method: Any, mutable: Any, tap: Tap, variables: Any, dynamic: Any, rngs: Any) -> Any:
   args, kwargs = discover.join_arrays(dynamic, rest)
   plain = {name: value for name, value in variables.items() if name not in ("params", "quant")}
-  mounted = tree.mount(variables["params"], variables["quant"])
+  mounted = tree.mount(variables["params"], variables["quant"], tap)
   asked = list(mutable) if isinstance(mutable, tuple) else mutable
-  with nn.intercept_methods(quantizing), taps.tapping(tap):
+  with nn.intercept_methods(quantizing), taps.tapping(tap) as order:
     y, updates = qmodule.module.apply({**plain, "params": mounted}, *args, rngs=rngs, method=method, mutable=with_params(asked), **kwargs)
-  tensors, aliases = taps.shown(updates["params"])
+  tensors, aliases = taps.shown(updates["params"], order)
   if asked is not False and asked is not None:
     y = (y, {name: value for name, value in updates.items() if name != "params"})
   return y, taps.unkeyed(tensors), Static(aliases)

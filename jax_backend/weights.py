@@ -12,7 +12,7 @@ from flax.core import meta
 
 import core
 from core.config.schema import QuantizerConfig
-from jax_backend import affine, layouts, sharding, statistics, tree
+from jax_backend import affine, histograms, layouts, sharding, statistics, tree
 from jax_backend.quantizer import QUANTIZE, AnyQuantizer, Quantizer, SequentialQuantizer
 from jax_backend.tree import Path
 
@@ -63,6 +63,8 @@ def calibrate(quantizer: AnyQuantizer, weight: Any, name: str) -> AnyQuantizer:
   except ValueError as error:
     raise ValueError(f"quantizer {name!r}: {error}") from error
   statistics.check_finite(int(nonfinite), name)
+  if quantizer.config.calibrator == "histogram":
+    amax = histograms.of_weight(quantizer, weight, name)
   return quantizer.replace(bias=bias).with_amax(sharding.like_weight(amax, weight, quantizer.layout, len(quantizer.stack)))
 
 

@@ -46,14 +46,15 @@ class Chain:
     """Find the chain and record what its blocks are called with, for every batch of the forward loop.
 
     The first batch runs through the blocks and shows whether they are a chain; for the others the blocks are passed over, so that only
-    what stands around them is computed.
+    what stands around them is computed. Without data, equal siblings are taken for a chain.
     """
     name, parts = _candidate(model, layers)
-    if loop is None or len(parts) < 2:
+    if len(parts) < 2:
       return cls([], [])
     recorder = _Recorder(parts, padding)
     with recorder:
-      loop(model)
+      if loop is not None:
+        loop(model)
     if not recorder.is_chain:
       return cls([], [])
     blocks = []
@@ -97,7 +98,7 @@ class _Recorder:
   def __exit__(self, *_: Any) -> None:
     for part in self._parts:
       del part.__dict__["forward"]
-    self.is_chain = self.is_chain and bool(self.hidden) and len(set(self._seen)) == 1
+    self.is_chain = self.is_chain and len(set(self._seen)) == 1
 
   def _stub(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:

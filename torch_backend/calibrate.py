@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.calibrate import algorithms, builtin_activations, driver
+from core.calibrate import algorithms, driver
 from core.config import ConfigWarning
 from core.config.algorithms import AlgorithmConfig, read_algorithm, register_algorithm_name
 from core.config.frozen import thaw
@@ -89,12 +89,6 @@ def run(
 
         host = TorchHost(model, forward_loop, bool(options.get("exclude_padding", False)), teacher)
         driver.run(host, algorithms.find(str(step.method), "torch_backend"), options, report)
-    if forward_loop is not None and any(
-      one.config.calibrator == "histogram" for q in activations(model).values() for one in tensor_quantizers(q)
-    ):
-      from torch_backend.host import TorchHost
-
-      builtin_activations.by_calibrators(TorchHost(model, forward_loop), report)
   _warn_uncalibrated(model, forward_loop)
 
 

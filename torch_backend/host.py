@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from core.calibrate.host import PREPARED, TensorVisit, Visit
 from core.calibrate.layer import Change, Layer
 from core.config import ConfigWarning
-from core.config.frozen import thaw
+from core.config.schema import QuantizerConfig
 from core.spec import QuantSpec
 from torch_backend import groups
 from torch_backend.blocks import Chain, TorchBlock
 from torch_backend.calibrate import activations, calibrate_activations, calibrate_missing, calibrate_tensor
 from torch_backend.distill import Distillation, Teacher
-from torch_backend.inputs import InputWatch, PaddingMask
+from torch_backend.inputs import InputWatch, PaddingMask, without_padding
 from torch_backend.modules import QuantWeight
 from torch_backend.modules.base import QuantTable
 from torch_backend.parameters import Parameters
@@ -106,8 +106,12 @@ class TorchHost(Parameters):
       self._calibrate_weight(module, keep_first=change.amax is not None)
     if change.bias is not None and module._parameters.get("bias") is not None:
       self._set(name, module, "bias", torch.from_numpy(np.array(change.bias, np.float32)))
-    if change.input_amax is not None:
+    if change.input_amax is not None and not (change.pre_quant_scale is not None and self._by_histogram(module)):
       self.set_amax(f"{name}.input_quantizer", change.input_amax)
+
+  def _by_histogram(self, module: QuantWeight) -> bool:
+    """Whether amax of a scaled input is not the largest magnitude but what a histogram says: `settle` finds it."""
+    return tensor_quantizers(module.input_quantizer)[0].config.calibrator == "histogram"
 
   def _calibrate_weight(self, module: QuantWeight, keep_first: bool) -> None:
     """amax of the weight's quantizers: of all of them, or of those behind the first, each on what the one before returns."""
@@ -146,8 +150,7 @@ class TorchHost(Parameters):
       held.data = value
 
   def set_amax(self, name: str, amax: np.ndarray | float) -> None:
-    module, _, role = name.rpartition(".")
-    first = tensor_quantizers(getattr(self.model.get_submodule(module), role))[0]
+    first = self._activation(name)
     first.amax = None
     first.amax = torch.as_tensor(np.array(amax, np.float32))
     if name in self._changed_inputs:
@@ -171,9 +174,17 @@ class TorchHost(Parameters):
         found[name] = first.spec
     return found
 
-  def calibrators(self) -> dict[str, tuple[str, dict[str, Any]]]:
+  def activation_configs(self) -> dict[str, QuantizerConfig]:
     held = {name: tensor_quantizers(q)[0].config for name, q in activations(self.model).items()}
-    return {name: (held[name].calibrator, thaw(held[name].calibrator_options)) for name in self.activation_specs()}
+    return {name: held[name] for name in self.activation_specs()}
+
+  def activation_amax(self, name: str) -> np.ndarray | None:
+    amax = self._activation(name).amax
+    return None if amax is None else array_of(amax)
+
+  def _activation(self, name: str) -> TensorQuantizer:
+    module, _, role = name.rpartition(".")
+    return tensor_quantizers(getattr(self.model.get_submodule(module), role))[0]
 
   def observe(self, visit: Visit, names: Collection[str] | None = None, point: str = PREPARED) -> None:
     if self._loop is None:
@@ -188,16 +199,17 @@ class TorchHost(Parameters):
     found = {name: q for name, q in activations(self.model).items() if name in names}
     handles = []
 
-    def tell(name: str) -> Callable[..., None]:
-      def hook(quantizer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        visit(name, array_of(output))
+    with unquantized(self.model), PaddingMask(self.model, self._exclude_padding) as mask:
 
-      return hook
+      def tell(name: str) -> Callable[..., None]:
+        def hook(quantizer: TensorQuantizer, inputs: tuple[Tensor, ...]) -> None:
+          if inputs[0].numel():
+            visit(name, array_of(without_padding(quantizer.scaled(inputs[0]), mask())))
 
-    with unquantized(self.model):
+        return hook
+
       try:
-        # unquantized, a quantizer returns its scaled and rotated input: what it would round
-        handles += [tensor_quantizers(q)[0].register_forward_hook(tell(name)) for name, q in found.items()]
+        handles += [tensor_quantizers(q)[0].register_forward_pre_hook(tell(name)) for name, q in found.items()]
         self._loop(self.model)
       finally:
         for handle in handles:
@@ -228,7 +240,9 @@ class TorchHost(Parameters):
     for name, module in sorted(self._modules.items()):
       digest.update(name.encode())
       digest.update(repr([q.config for q in tensor_quantizers(module.weight_quantizer)]).encode())
-      digest.update(np.ascontiguousarray(array_of(module.stored_weight)).tobytes())
+      layer = self.layer(name)
+      for part in (layer.weight, layer.amax, layer.tensor_amax, layer.bias, self.pre_quant_scale(name)):
+        digest.update(b"-" if part is None else np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core.calibrate.host import QUANTIZED, Visit
+from core.calibrate.padding import mask_argument
 from torch_backend.modules import QuantWeight
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.sequential import tensor_quantizers
@@ -65,7 +66,7 @@ class InputWatch:
     if x is None:
       return
     with torch.no_grad():
-      rows = self._rows(x, self._shown(self._modules[names[0]], x))
+      rows = self._rows(self._shown(self._modules[names[0]], x))
     self._visit(names, rows.to("cpu", torch.float32).numpy())
 
   def _shown(self, module: QuantWeight, x: Tensor) -> Tensor:
@@ -79,11 +80,14 @@ class InputWatch:
       for quantizer in switched:
         quantizer.disable_quant()
 
-  def _rows(self, x: Tensor, shown: Tensor) -> Tensor:
-    mask = None if self._padding is None else self._padding()
-    if mask is not None and tuple(mask.shape) == tuple(x.shape[:-1]):
-      return shown[mask.to(torch.bool)]
+  def _rows(self, shown: Tensor) -> Tensor:
+    shown = without_padding(shown, None if self._padding is None else self._padding())
     return shown.reshape(-1, shown.shape[-1])
+
+
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+  """x [B, T, K] as [tokens, K] without those that the mask [B, T] leaves out; as it is where the mask does not fit."""
+  return x if mask is None or mask.shape != x.shape[:-1] else x[mask.to(x.device, torch.bool)]
 
 
 def _same_view(a: QuantWeight, b: QuantWeight) -> bool:
@@ -108,7 +112,7 @@ class PaddingMask:
   """While open, calling it gives the attention mask [B, T] that the model was last called with, or None.
 
   Args:
-    model: the whole model; the mask is its keyword argument `attention_mask`.
+    model: the whole model; the mask is its argument `attention_mask`.
     active: False never gives a mask.
   """
 
@@ -128,5 +132,4 @@ class PaddingMask:
     return self._last
 
   def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    mask = kwargs.get("attention_mask") if self._active else None
-    self._last = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    self._last = mask_argument(type(module).forward, (module, *args), kwargs) if self._active else None

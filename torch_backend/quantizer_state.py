@@ -241,7 +241,7 @@ class QuantizerState(nn.Module):
     Raises:
       ValueError: nothing was collected.
     """
-    amax = self._running.amax
+    amax = self._running.result(self.config, self.name)
     if amax is None:
       raise ValueError(f"quantizer {self.name!r} has seen no data since enable_calib(); run the model on calibration data first")
     if self._running.bias is not None and self.config.bias is not None and not self.config.bias.dynamic:

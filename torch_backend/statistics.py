@@ -9,6 +9,8 @@ from torch import Tensor
 
 import core
 from core import affine, blocks, model_table
+from core.calibrate import calibrators
+from core.calibrate.histogram import Histogram
 from core.config.options import BiasSpec
 from core.config.schema import QuantizerConfig
 from core.spec import QuantSpec
@@ -20,11 +22,13 @@ class Running:
   Attributes:
     amax: largest amax so far, float32, or None.
     bias: running mean of the batches' means, or middle of the running range; None without an affine bias.
+    histogram: of |x|, where the configuration's calibrator asks for one; else None.
   """
 
   def __init__(self) -> None:
     self.amax: Tensor | None = None
     self.bias: Tensor | None = None
+    self.histogram: Histogram | None = None
     self._low: Tensor | None = None
     self._high: Tensor | None = None
     self._total: Tensor | None = None
@@ -53,6 +57,15 @@ class Running:
         f"gives {list(amax.shape)}; calibrate with tensors of one layout, or use a dynamic quantizer"
       )
     self.amax = amax if self.amax is None else merge(self.amax, amax, config.spec)
+    if config.calibrator == "histogram":
+      self.histogram = self.histogram or calibrators.histogram(config)
+      self.histogram.add(x)
+
+  def result(self, config: QuantizerConfig, name: str) -> Tensor | None:
+    """The amax of what has come: the largest, or what the histogram says; None before any."""
+    if self.amax is None or self.histogram is None:
+      return self.amax
+    return torch.full_like(self.amax, calibrators.amax(self.histogram, config, name))
 
   def _next_bias(self, x: Tensor, spec: BiasSpec) -> Tensor:
     if spec.dynamic:

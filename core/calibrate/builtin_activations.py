@@ -1,68 +1,71 @@
-"""amax of activations from histograms: entropy, percentile and mse, by algorithm or by the quantizers' own `calibrator`; NVFP4 headroom."""
+"""amax of activations from histograms as algorithms of a configuration: entropy, percentile, activation_mse, and NVFP4 headroom.
+
+The quantizer attribute `"calibrator": "histogram"` does the same for single quantizers: `core.calibrate.calibrators`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
 from typing import Any
 
 import numpy as np
 
 import core
 from core.calibrate import histogram
-from core.calibrate.driver import decide_each
-from core.calibrate.headroom import BlockAmaxHistogram, headroom_amax
+from core.calibrate.driver import NO_TOKENS, Run, decide_each
+from core.calibrate.headroom import RHO, BlockAmaxHistogram, headroom_amax
 from core.calibrate.histogram import Histogram
 from core.calibrate.host import Host
+from core.calibrate.progress import progress
 from core.calibrate.registry import ALGORITHMS, register_algorithm
+from core.config import ConfigWarning
+from core.config.frozen import check_choice
 from core.spec import QuantSpec
 
-METHODS = ("entropy", "percentile", "mse", "max")
-DEFAULT_METHOD = "entropy"
+WEIGHT_ALGORITHMS = ("max", "mse", "local_hessian")
 
 
-def takes_histogram(spec: QuantSpec) -> str:
-  """Why a format's amax cannot come from one histogram, or ""."""
-  if spec.dynamic:
-    return "its scales are taken from each input"
-  if spec.axis is not None or spec.blocks is not None:
-    return "it has more than one scale; a histogram knows one"
-  return "a zero point needs a range" if spec.zero_point else ""
-
-
-def _calibrate(host: Host, chosen: Mapping[str, Mapping[str, Any]], report: list[dict[str, Any]], method_name: str) -> None:
-  """amax of these activation quantizers, from one run of the forward loop.
-
-  Args:
-    host: the model.
-    chosen: quantizer name -> {"method", "num_bins", "skip_zeros", options of the method}.
-    report: gets one dict per quantizer.
-    method_name: what the report calls the algorithm.
-  """
-  specs = host.activation_specs()
+def _calibrate(host: Host, run: Run, method: str, num_bins: int, skip_zeros: bool, **options: Any) -> None:
+  """amax of every static per-tensor activation quantizer, from one run of the forward loop; the others are reported and stay."""
+  _try_out(method, num_bins, options)
+  configs = host.activation_configs()
   held: dict[str, Histogram] = {}
-  for name, options in chosen.items():
-    reason = takes_histogram(specs[name])
+  for name, config in configs.items():
+    reason = config.why_no_histogram(method)
     if reason:
-      report.append({"layer": name, "method": method_name, "kept": f"max calibration ({reason})"})
+      run.note(name, None, f"max calibration ({reason})")
     else:
-      held[name] = Histogram(int(options.get("num_bins", histogram.NUM_BINS)), bool(options.get("skip_zeros", False)))
-  host.observe_tensors(lambda name, x: held[name].add(x), list(held))
-  for name, hist in held.items():
-    if not hist.total:
-      report.append({"layer": name, "method": method_name, "kept": "not calibrated (no data)"})
-      continue
-    options = {key: value for key, value in chosen[name].items() if key not in ("method", "num_bins", "skip_zeros", "grow_method")}
-    method = str(chosen[name].get("method", DEFAULT_METHOD))
-    amax = histogram.amax_of(hist, specs[name], method, **options)
-    host.set_amax(name, amax)
-    report.append(
-      {"layer": name, "method": method_name, "amax_before": hist.amax, "amax": amax, "clip": amax / hist.amax if hist.amax else 1.0}
-    )
+      held[name] = Histogram(num_bins, skip_zeros)
+  if held:
+    host.observe_tensors(lambda name, x: held[name].add(x), list(held))
+  with progress(len(held), run.algorithm.name) as step:
+    for name, hist in held.items():
+      step(name)
+      if hist.amax is None:
+        run.note(name, None, f"max calibration ({NO_TOKENS})")
+        continue
+      amax = histogram.amax_of(hist, configs[name].spec, method, **options)
+      _set(host, run, name, amax, {"clip": amax / hist.amax if hist.amax else 1.0})
+
+
+def _set(host: Host, run: Run, name: str, amax: float, figures: dict[str, Any]) -> None:
+  before = host.activation_amax(name)
+  host.set_amax(name, amax)
+  row = {"layer": name, "method": run.algorithm.name, "amax_before": None if before is None else float(before), "amax": amax}
+  run.report.append({**row, **figures})
+
+
+def _try_out(method: str, num_bins: int, options: dict[str, Any]) -> None:
+  """Options on a histogram of one value: a wrong one is refused before any data runs."""
+  Histogram(num_bins)
+  probe = Histogram(2)
+  probe.add(np.ones(1, np.float32))
+  histogram.amax_of(probe, QuantSpec.named("int8"), method, **options)
 
 
 @register_algorithm("entropy", whole=True)
 def entropy(
-  host: Host, run: Any, *, num_bins: int = histogram.NUM_BINS, skip_zeros: bool = False, start_bin: int | None = None, stride: int = 1
+  host: Host, run: Run, *, num_bins: int = histogram.NUM_BINS, skip_zeros: bool = False, start_bin: int | None = None, stride: int = 1
 ) -> None:
   """amax of static per-tensor activations by least KL divergence (`core.calibrate.histogram.amax_entropy`); weights by max.
 
@@ -71,18 +74,16 @@ def entropy(
     run: the run, given by the driver.
     num_bins: bins of the histogram.
     skip_zeros: leave zeros out.
-    start_bin: first candidate; None is the format's number of levels.
+    start_bin: smallest amax tried, in bins; None is the format's number of magnitudes.
     stride: distance of the candidates, in bins.
 
   References: Migacz, 2017, "8-bit inference with TensorRT".
   """
-  options = {"method": "entropy", "num_bins": num_bins, "skip_zeros": skip_zeros, "stride": stride}
-  options |= {} if start_bin is None else {"start_bin": start_bin}
-  _calibrate(host, dict.fromkeys(host.activation_specs(), options), run.report, "entropy")
+  _calibrate(host, run, "entropy", num_bins, skip_zeros, start_bin=start_bin, stride=stride)
 
 
 @register_algorithm("percentile", whole=True)
-def percentile(host: Host, run: Any, *, percentile: float = 99.99, num_bins: int = histogram.NUM_BINS, skip_zeros: bool = False) -> None:
+def percentile(host: Host, run: Run, *, percentile: float = 99.99, num_bins: int = histogram.NUM_BINS, skip_zeros: bool = False) -> None:
   """amax of static per-tensor activations that covers `percentile` % of the magnitudes; weights by max.
 
   Args:
@@ -92,12 +93,11 @@ def percentile(host: Host, run: Any, *, percentile: float = 99.99, num_bins: int
     num_bins: bins of the histogram.
     skip_zeros: leave zeros out.
   """
-  options = {"method": "percentile", "percentile": percentile, "num_bins": num_bins, "skip_zeros": skip_zeros}
-  _calibrate(host, dict.fromkeys(host.activation_specs(), options), run.report, "percentile")
+  _calibrate(host, run, "percentile", num_bins, skip_zeros, percentile=percentile)
 
 
 @register_algorithm("activation_mse", whole=True)
-def activation_mse(host: Host, run: Any, *, num_bins: int = histogram.NUM_BINS, skip_zeros: bool = False) -> None:
+def activation_mse(host: Host, run: Run, *, num_bins: int = histogram.NUM_BINS, skip_zeros: bool = False) -> None:
   """amax of static per-tensor activations by least squared error over their histogram; weights by max.
 
   Args:
@@ -106,37 +106,17 @@ def activation_mse(host: Host, run: Any, *, num_bins: int = histogram.NUM_BINS, 
     num_bins: bins of the histogram.
     skip_zeros: leave zeros out.
   """
-  options = {"method": "mse", "num_bins": num_bins, "skip_zeros": skip_zeros}
-  _calibrate(host, dict.fromkeys(host.activation_specs(), options), run.report, "activation_mse")
-
-
-def by_calibrators(host: Host, report: list[dict[str, Any]] | None) -> None:
-  """Give the activation quantizers whose attribute says `"calibrator": "histogram"` their amax; nothing happens without any.
-
-  Raises:
-    ValueError: an unknown method or option, or a format that one histogram cannot serve.
-  """
-  chosen = {name: options for name, (kind, options) in host.calibrators().items() if kind == "histogram"}
-  specs = host.activation_specs()
-  for name in chosen:
-    reason = takes_histogram(specs[name])
-    if reason:
-      raise ValueError(
-        f"quantizer {name!r} ({specs[name].element.name}) asks for calibrator 'histogram', but {reason}; use one scale per tensor, or "
-        "calibrator 'max'"
-      )
-  if chosen:
-    _calibrate(host, chosen, [] if report is None else report, "histogram")
+  _calibrate(host, run, "mse", num_bins, skip_zeros)
 
 
 @register_algorithm("nvfp4_act_headroom", whole=True)
 def nvfp4_act_headroom(
   host: Host,
-  run: Any,
+  run: Run,
   *,
   anchor_percentile: float = 1.0,
   upper_percentile: float = 99.99,
-  rho: float = 16384.0,
+  rho: float = RHO,
   weight_scale_algorithm: Any = None,
 ) -> None:
   """Tensor amax of dynamic NVFP4 activations with room above what calibration saw: max(rho * P1, P99.99) of the block amax.
@@ -147,24 +127,51 @@ def nvfp4_act_headroom(
     anchor_percentile: the low percentile of block amax.
     upper_percentile: the high one.
     rho: ratio that E4M3 block scales span, below 28672.
-    weight_scale_algorithm: how weights get their scales: "max", "mse", "local_hessian", or a mapping with options.
+    weight_scale_algorithm: how weights get their scales: "mse", "local_hessian", or a mapping with "method" and options; None and "max"
+      leave them as they are, which is max calibration where nothing ran before.
 
-  References: ModelOpt 0.47, nvfp4_act_headroom.
+  Raises:
+    ValueError: an option out of range, or an unknown algorithm for the weights; before any data runs.
+
+  References: nvidia-modelopt 0.47, nvfp4_act_headroom.
   """
-  specs = {name: spec for name, spec in host.activation_specs().items() if spec.two_level and spec.dynamic}
-  held = {name: BlockAmaxHistogram() for name in specs}
-  host.observe_tensors(lambda name, x: held[name].add(core.block_amax(x, specs[name])), list(held))
+  config = {"method": weight_scale_algorithm} if not isinstance(weight_scale_algorithm, dict) else dict(weight_scale_algorithm)
+  method = check_choice("weight_scale_algorithm", config.pop("method", None) or "max", WEIGHT_ALGORITHMS)
+  percentiles = {"anchor_percentile": anchor_percentile, "upper_percentile": upper_percentile}
+  _headroom(_one_block(), rho, percentiles)
+  configs = {name: c for name, c in host.activation_configs().items() if c.spec.two_level and c.spec.dynamic}
+  held = {name: BlockAmaxHistogram() for name in configs}
+  if held:
+    host.observe_tensors(lambda name, x: held[name].add(core.block_amax(x, configs[name].spec)), list(held))
+  tight = []
   for name, hist in held.items():
-    if not hist.counts.any():
-      run.report.append({"layer": name, "method": "nvfp4_act_headroom", "kept": "not calibrated (no data)"})
+    if hist.amax is None:
+      run.note(name, None, f"max calibration ({NO_TOKENS})")
       continue
-    amax = headroom_amax(hist, rho, anchor_percentile, upper_percentile)
-    host.set_amax(name, float(np.float32(amax)))
-    run.report.append({"layer": name, "method": "nvfp4_act_headroom", "amax": amax})
-  config = {"method": weight_scale_algorithm} if isinstance(weight_scale_algorithm, str) else dict(weight_scale_algorithm or {})
-  method = config.pop("method", "max")
-  if method in (None, "max"):
-    return
-  if method not in ("mse", "local_hessian"):
-    raise ValueError(f"weight_scale_algorithm {method!r} is unknown; allowed are max, mse, local_hessian")
-  decide_each(host, ALGORITHMS[method], config, run.report)
+    amax, has_room = _headroom(hist, rho, percentiles)
+    tight += [] if has_room else [name]
+    _set(host, run, name, amax, {"headroom": amax / hist.amax if hist.amax else 1.0})
+  if tight:
+    shown = ", ".join(tight[:8]) + (f" and {len(tight) - 8} more" if len(tight) > 8 else "")
+    warnings.warn(
+      f"no headroom at rho={rho:g} for {len(tight)} of {len(held)} quantizers, whose block amax span more than that: {shown}; raise "
+      "anchor_percentile, or rho (below 28672), or smooth the outliers first",
+      ConfigWarning,
+      stacklevel=2,
+    )
+  if method != "max":
+    decide_each(host, ALGORITHMS[method], config, run.report)
+
+
+def _headroom(hist: BlockAmaxHistogram, rho: float, percentiles: dict[str, float]) -> tuple[float, bool]:
+  """(amax, whether it lies above what was seen)."""
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    amax = headroom_amax(hist, rho, **percentiles)
+  return amax, not caught
+
+
+def _one_block() -> BlockAmaxHistogram:
+  probe = BlockAmaxHistogram()
+  probe.add(np.ones(1, np.float32))
+  return probe

@@ -7,20 +7,22 @@ model's blocks one after the other, each on what the already quantized blocks be
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from core.calibrate.collector import Collector, Group
 from core.calibrate.host import QUANTIZED, Block, Host, Visit
 from core.calibrate.layer import Change
 from core.calibrate.progress import progress
 from core.calibrate.registry import Algorithm
 from core.calibrate.resume import Journal
-from core.calibrate.statistics import Accumulator
+from core.config import ConfigWarning
 
-Group = tuple[str, ...]
 Report = list[dict[str, Any]]
+NO_TOKENS = "no tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Run:
     report: one dict per layer, filled while it runs.
     layerwise: block by block or in one sweep.
     true_sequential: within a block, layers that come later see the quantized ones before them.
+    exclude_padding: padding is left out of the statistics (by the host).
   """
 
   algorithm: Algorithm
@@ -69,6 +72,10 @@ class Run:
   report: Report
   layerwise: Layerwise
   true_sequential: bool = False
+  exclude_padding: bool = False
+
+  def __post_init__(self) -> None:
+    self.start = len(self.report)
 
   def note(self, name: str, change: Change | None, reason: str = "") -> None:
     """One line of the report."""
@@ -92,7 +99,8 @@ def run(host: Host, algorithm: Algorithm, options: Mapping[str, Any], report: Re
   layerwise = Layerwise.read(options.get("layerwise"))
   if options.get("checkpoint_dir"):
     layerwise = dataclasses.replace(layerwise, checkpoint_dir=str(options["checkpoint_dir"]))
-  job = Run(algorithm, own, [] if report is None else report, layerwise, bool(options.get("true_sequential", False)))
+  sequential, unpadded = (bool(options.get(name, False)) for name in ("true_sequential", "exclude_padding"))
+  job = Run(algorithm, own, [] if report is None else report, layerwise, sequential, unpadded)
   host.calibrate_missing(inputs=algorithm.calibrated_inputs or layerwise.enable or algorithm.observed_at(own) == QUANTIZED)
   if algorithm.whole:
     algorithm.function(host, job, **own)
@@ -100,52 +108,19 @@ def run(host: Host, algorithm: Algorithm, options: Mapping[str, Any], report: Re
     _by_blocks(host, job)
   else:
     _in_one_sweep(host, job)
+  _warn_without_data(job)
   host.settle()
   host.calibrate_missing()
 
 
-class Collector:
-  """Statistics of layers by the tensor they read: layers that are shown together share one accumulator."""
-
-  def __init__(self, names: Iterable[str]) -> None:
-    self._wanted = tuple(names)
-    self.accumulators: dict[Group, Accumulator] = {}
-    self._group_of: dict[str, Group] = {}
-
-  def __call__(self, names: Group, x: np.ndarray, reference: np.ndarray | None = None) -> None:
-    _check_finite(names, x)
-    group = self._group_of.get(names[0])
-    if group is None:
-      group = names
-      self.accumulators[group] = Accumulator(self._wanted)
-      self._group_of |= dict.fromkeys(names, group)
-    elif group != names:
-      raise ValueError(
-        f"layers {', '.join(sorted(set(group) ^ set(names)))} read one input with {names[0]!r} in some batches and another in others; "
-        "calibrate with batches of one kind"
-      )
-    self.accumulators[group].add(x, reference)
-
-  def groups(self, names: Sequence[str]) -> list[Group]:
-    """The groups that these layers form, in their order; layers that were never shown stand alone."""
-    found: dict[Group, None] = {}
-    for name in names:
-      members = tuple(n for n in self._group_of.get(name, (name,)) if n in names)
-      found[members] = None
-    return list(found)
-
-  def result(self, name: str) -> dict[str, Any]:
-    """The statistics of one layer."""
-    group = self._group_of.get(name)
-    return {"tokens": 0} if group is None else self.accumulators[group].result()
-
-
-def _check_finite(names: Group, x: np.ndarray) -> None:
-  if not np.isfinite(x).all():
-    nan = int(np.isnan(x).sum())
-    raise ValueError(
-      f"calibration data of layer {names[0]!r} holds {nan} NaN and {int((~np.isfinite(x)).sum()) - nan} infinite of {x.size} values; "
-      "look for an overflow before this layer, or calibrate in float32 or bfloat16"
+def _warn_without_data(job: Run) -> None:
+  rows = job.report[job.start :]
+  if rows and all("kept" in row for row in rows) and any(NO_TOKENS in row["kept"] for row in rows):
+    warnings.warn(
+      f"{job.algorithm.name} saw no calibration data, so all {len(rows)} layers keep max calibration: there is no forward_loop, or it did "
+      "not run the model on data in its second pass (an iterator that is used up); it must give the same data each time it is called",
+      ConfigWarning,
+      stacklevel=5,
     )
 
 
@@ -156,9 +131,16 @@ def _targets(host: Host, job: Run) -> list[str]:
   return names
 
 
+def _journal(host: Host, job: Run) -> Journal:
+  """The run's journal: its steps hold for these options, and for this way through the model."""
+  way = {"layerwise": job.layerwise.enable, "quantized_prefix": job.layerwise.quantized_prefix, "true_sequential": job.true_sequential}
+  options = {**job.options, **way, "exclude_padding": job.exclude_padding}
+  return Journal.open(job.layerwise.checkpoint_dir, host, job.algorithm.name, options)
+
+
 def _in_one_sweep(host: Host, job: Run) -> None:
   names = _targets(host, job)
-  journal = Journal.open(job.layerwise.checkpoint_dir, host, job.algorithm.name, job.options)
+  journal = _journal(host, job)
   collector = Collector(job.algorithm.wanted(job.options))
   if job.algorithm.wanted(job.options):
     host.observe(collector, names, job.algorithm.observed_at(job.options))
@@ -191,7 +173,7 @@ def decide(host: Host, job: Run, group: Group, collector: Collector) -> list[Cha
   layers = [dataclasses.replace(host.layer(name), statistics=collector.result(name)) for name in group]
   needs_data = bool(job.algorithm.wanted(job.options))
   if needs_data and not layers[0].tokens:
-    why = "no tokens" if layers[0].linear else "its inputs are no feature vectors"
+    why = NO_TOKENS if layers[0].linear else "its inputs are no feature vectors"
     return [Change(report={"kept": f"max calibration ({why})"}) for _ in layers]
   if job.algorithm.grouped:
     return list(job.algorithm.function(layers, **job.options))
@@ -215,7 +197,7 @@ def blocks_of(host: Host) -> list[Block]:
   if not blocks:
     raise ValueError(
       "layerwise calibration needs a chain of equal blocks (such as the decoder layers of a language model, as separate modules and not "
-      "under nn.scan or nn.remat) and found none; set layerwise to False"
+      "under nn.scan) and found none; set layerwise to False"
     )
   return blocks
 
@@ -223,7 +205,7 @@ def blocks_of(host: Host) -> list[Block]:
 def _by_blocks(host: Host, job: Run) -> None:
   blocks = blocks_of(host)
   targets = set(_targets(host, job))
-  journal = Journal.open(job.layerwise.checkpoint_dir, host, job.algorithm.name, job.options)
+  journal = _journal(host, job)
   streams = Streams(host, cross="cross" in job.algorithm.wanted(job.options))
   outside = [name for name in _targets(host, job) if not any(name in block.layers for block in blocks)]
   with progress(len(blocks), job.algorithm.name) as step:

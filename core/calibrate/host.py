@@ -9,12 +9,13 @@ import numpy as np
 
 from core.calibrate.distill import Student
 from core.calibrate.layer import Change, Layer
+from core.config.schema import QuantizerConfig
 from core.spec import QuantSpec
 
 Visit = Callable[[tuple[str, ...], np.ndarray], None]
 """Called with the names of the layers that read one and the same tensor, and that tensor as [T, K] float32."""
 TensorVisit = Callable[[str, np.ndarray], None]
-"""Called with the name of an activation quantizer and its input, float32, as it is."""
+"""Called with the name of an activation quantizer and what it would round: float32 in torch's layout, [T, K] where padding is left out."""
 
 PREPARED = "prepared"  # the input times pre_quant_scale, rotated: what the input quantizer rounds
 QUANTIZED = "quantized"  # the same after the input quantizer: what the weight is multiplied with
@@ -96,19 +97,26 @@ class Host(Protocol):
     ...
 
   def observe_tensors(self, visit: TensorVisit, names: Collection[str]) -> None:
-    """Run the forward loop in float and show the input of these activation quantizers."""
+    """Run the forward loop in float and show the input of these activation quantizers (names of `activation_configs`)."""
     ...
 
   def activation_specs(self) -> dict[str, QuantSpec]:
     """Formats of the enabled activation quantizers (the first of a sequence), by name."""
     ...
 
-  def calibrators(self) -> dict[str, tuple[str, dict[str, Any]]]:
-    """(name, options) of the calibrator of every enabled activation quantizer with a static amax (the first of a sequence), by name."""
+  def activation_configs(self) -> dict[str, QuantizerConfig]:
+    """What the enabled activation quantizers are told (the first of a sequence), by name; those with a constant amax left out.
+
+    Stacked copies of one quantizer come one by one: "model.layers.mlp.up_proj[1].input_quantizer".
+    """
+    ...
+
+  def activation_amax(self, name: str) -> np.ndarray | None:
+    """amax of one of `activation_configs` now; None before calibration."""
     ...
 
   def set_amax(self, name: str, amax: np.ndarray | float) -> None:
-    """Set amax of one activation quantizer."""
+    """Set amax of one activation quantizer, by its name in `activation_configs`."""
     ...
 
   def blocks(self) -> Sequence[Block]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from core.calibrate import statistics as known
 from core.calibrate.host import PREPARED, QUANTIZED
-from core.config.algorithms import register_algorithm_name
+from core.config.algorithms import register_algorithm_name, unregister_algorithm_name
 
 Wanted = Sequence[str] | Callable[[Mapping[str, Any]], Sequence[str]]
 
@@ -117,3 +117,4 @@ def unregister_algorithm(name: str) -> None:
     KeyError: there is none of that name.
   """
   del ALGORITHMS[name]
+  unregister_algorithm_name(name)

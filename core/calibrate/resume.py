@@ -78,8 +78,9 @@ class Journal:
     """The run is complete: its steps are not needed any more."""
     if self._folder is None:
       return
-    for path in self._folder.glob("step-*.npz"):
-      path.unlink()
+    for pattern in ("step-*.npz", "*.part"):  # the latter of a run that was killed while it wrote
+      for path in self._folder.glob(pattern):
+        path.unlink()
     (self._folder / "run.json").unlink(missing_ok=True)
 
   def _path(self, names: Sequence[str]) -> Path:

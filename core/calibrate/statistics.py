@@ -1,4 +1,5 @@
-"""Statistics of a layer's input, gathered batch by batch on the host. Order of batches only changes the rounding of sums.
+"""Statistics of a layer's input, gathered batch by batch on the host. Order of batches only changes the rounding of
+sums, and which tokens are samples where there are more than `SAMPLES`.
 
 | name | shape | what |
 |---|---|---|
@@ -55,6 +56,10 @@ class Accumulator:
     if not len(x):
       return
     first = self.tokens
+    with np.errstate(over="ignore"):  # whoever takes the result looks whether it is finite
+      self._add(x, reference, first)
+
+  def _add(self, x: np.ndarray, reference: np.ndarray | None, first: int) -> None:
     self.tokens += len(x)
     if "amax" in self.names:
       found = np.abs(x).max(axis=0)

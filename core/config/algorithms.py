@@ -47,6 +47,11 @@ def register_algorithm_name(name: str, options: Iterable[str] | None = None) -> 
   ALGORITHMS[name] = None if options is None else tuple(options)
 
 
+def unregister_algorithm_name(name: str) -> None:
+  """Makes `algorithm: name` an error again."""
+  ALGORITHMS.pop(name, None)
+
+
 def read_algorithm(value: Any) -> tuple[AlgorithmConfig, ...]:
   """Reads None, a name, {"method": name, option: value}, or a list of those that run in order.
 

@@ -15,6 +15,7 @@ CALIBRATORS: dict[str, tuple[str, ...]] = {
   "max": (),
   "histogram": ("num_bins", "skip_zeros", "grow_method", "method", "percentile"),
 }
+HISTOGRAM_METHODS = ("entropy", "percentile", "mse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,14 @@ def register_calibrator(name: str, options: tuple[str, ...] = ()) -> None:
 
 
 def read_calibrator(value: Any) -> tuple[str, FrozenDict]:
-  """Reads "max", "histogram", or a pair of name and options such as ["histogram", {"num_bins": 2048}]."""
+  """Reads "max", "histogram", or a pair of name and options such as ["histogram", {"num_bins": 2048}].
+
+  Options of "histogram": `method` ("entropy", the default, "percentile" or "mse"), `percentile` (of that method), `num_bins`,
+  `skip_zeros`; `grow_method` may say "doubling" or None, since bins grow no other way here.
+
+  Raises:
+    ValueError: an unknown name or option, or a value that is not allowed.
+  """
   options: Any = {}
   if isinstance(value, list | tuple):
     if len(value) != 2 or not isinstance(value[1], Mapping):
@@ -115,4 +123,24 @@ def read_calibrator(value: Any) -> tuple[str, FrozenDict]:
     check_keys(f"calibrator {name!r}", options, CALIBRATORS[name])
   elif options:
     raise ValueError(f"calibrator {name!r} takes no options; got {dict(options)!r}")
+  if name == "histogram":
+    _check_histogram(options)
   return name, FrozenDict(options)
+
+
+def _check_histogram(options: Mapping[str, Any]) -> None:
+  where = "calibrator 'histogram': "
+  method = check_choice(where + "method", options.get("method", HISTOGRAM_METHODS[0]), HISTOGRAM_METHODS)
+  check_bool(where + "skip_zeros", options.get("skip_zeros", False))
+  bins, grow = options.get("num_bins", 2), options.get("grow_method")
+  if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
+    raise ValueError(f"{where}num_bins is {bins!r}; allowed are whole numbers of at least 2, such as 2048")
+  if grow not in (None, "doubling"):
+    raise ValueError(f"{where}grow_method is {grow!r}; allowed are 'doubling' and None: bins double until they hold the largest value")
+  if "percentile" not in options:
+    return
+  percentile = options["percentile"]
+  if method != "percentile":
+    raise ValueError(f"{where}percentile is {percentile!r}, which method {method!r} does not use; add 'method': 'percentile', or drop it")
+  if isinstance(percentile, bool) or not isinstance(percentile, int | float) or not 0 < percentile <= 100:
+    raise ValueError(f"{where}percentile is {percentile!r}; allowed is a number above 0 and at most 100, such as 99.99")

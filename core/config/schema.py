@@ -17,8 +17,8 @@ from typing import Any
 from core import formats
 from core.config import attributes as read
 from core.config.frozen import FrozenDict, check_bool, check_choice, check_keys
-from core.config.options import BiasSpec, RotateSpec, read_calibrator
-from core.formats import IntFormat
+from core.config.options import HISTOGRAM_METHODS, BiasSpec, RotateSpec, read_calibrator
+from core.formats import CodebookFormat, IntFormat
 from core.spec import E8M0_RULES, ROUNDINGS, QuantSpec
 
 # Spelled out in ModelOpt's order, then ours.
@@ -194,14 +194,36 @@ class QuantizerConfig:
       return False
     return not self.spec.dynamic or self.spec.two_level
 
+  def why_no_histogram(self, method: str) -> str:
+    """Why amax cannot come from a histogram of |x| by that method; "" where it can."""
+    spec = self.spec
+    if spec.dynamic:
+      return "its scales are taken from each input"
+    if spec.axis is not None or spec.blocks is not None:
+      return "it has more than one scale; a histogram knows one"
+    if spec.zero_point:
+      return "a zero point needs a range; a histogram knows magnitudes"
+    if self.bias is not None:
+      return "its affine bias is not known before all data has come"
+    if isinstance(spec.element, CodebookFormat) and method != "percentile":
+      return f"its codebook need not be symmetric, and method {method!r} knows magnitudes"
+    return ""
+
   def check_simulated(self, name: str) -> None:
     """Refuses what a backend that simulates quantization cannot do.
 
     Raises:
-      ValueError: a custom quantization function, or stored codes, were asked for; names the quantizer.
+      ValueError: a custom quantization function, or stored codes, were asked for, or a histogram for a format that has no use for one;
+        names the quantizer.
     """
     if self.backend is not None:
       raise ValueError(f"quantizer {name!r}: no quantization function named {self.backend!r} is registered; leave `backend` out")
+    reason = self.why_no_histogram(self.calibrator_options.get("method", HISTOGRAM_METHODS[0])) if self.calibrator == "histogram" else ""
+    if reason and self.constant_amax is None:
+      raise ValueError(
+        f"quantizer {name!r} ({self.describe()}) asks for calibrator 'histogram', but {reason}; use a static format with one scale per "
+        "tensor, or calibrator 'max'"
+      )
     if not self.fake_quant:
       raise ValueError(f"quantizer {name!r}: fake_quant=False asks for stored codes in place of simulated values; allowed here is True")
 

@@ -61,7 +61,7 @@ def test_preset_runs(which, name, request):
   variables = dead(variables)
   zeros = jnp.zeros_like(x)
   with warnings.catch_warnings():
-    warnings.simplefilter("ignore", jb.ConfigWarning)  # algorithms that are not there yet, alternatives for other architectures
+    warnings.simplefilter("ignore", jb.ConfigWarning)  # alternatives for other architectures
     try:
       qmodule, qvariables = jb.quantize(module, variables, jb.preset(name), lambda model: model(x))
     except ValueError as error:
@@ -69,7 +69,7 @@ def test_preset_runs(which, name, request):
       assert any(kind in name for kind in without_layers) and "quantizes nothing" in str(error)
       return
     structure = jax.tree.structure(qvariables)
-    if (which, structure) in _ran:  # the same formats as a preset before it, once its algorithm is replaced by max
+    if (which, structure) in _ran:  # the same formats as a preset before it: the forward passes below are the same programs
       return
     _ran.add((which, structure))
     _, silent = jb.quantize(module, jax.tree.map(jnp.zeros_like, variables), jb.preset(name), lambda model: model(zeros))

@@ -64,7 +64,7 @@ def mlp(seed: int = 0) -> nn.Module:
 
 
 def quietly(model: nn.Module, config, forward_loop=None, **kwargs) -> nn.Module:
-  """quantize without the warnings of presets whose algorithm stands in for another."""
+  """quantize without the warnings of presets for other architectures."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", tb.ConfigWarning)
     return tb.quantize(model, config, forward_loop, **kwargs)
