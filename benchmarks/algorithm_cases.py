@@ -93,6 +93,7 @@ NVFP4_FOUR_OVER_SIX = {"num_bits": (2, 1), "block_sizes": {**NVFP4["block_sizes"
 
 # Our own four-bit configurations: what is stored has as many bits as the rival's.
 OWN: tuple[Case, ...] = (
+  Case("int4-gptq_blockwise", [{**_GPTQ, "true_sequential": False, "perc_damp": 0.01}], INT4, peer=False, added_limit=0.5, kl_limit=0.5),
   Case("int4-gptq_corrected", [_GPTQ], INT4, peer=False, added_limit=0.5, kl_limit=0.5, cpu_limit=250),
   Case(
     "int4-gptq_distilled",

@@ -43,10 +43,10 @@ def dynamic_block_quantize(
     The shape and dtype of inputs.
 
   Raises:
-    NotImplementedError: a format other than NVFP4 (E2M1 with E4M3 block scales).
+    ValueError: a format other than NVFP4 (E2M1 with E4M3 block scales).
   """
   if (num_bits, exponent_bits, scale_num_bits, scale_exponent_bits) != (4, 2, 8, 4):
-    raise NotImplementedError(
+    raise ValueError(
       f"element of {num_bits} bits with {exponent_bits} of exponent, scale of {scale_num_bits} with {scale_exponent_bits}: on a CPU "
       "only NVFP4 is replaced (4, 2, 8, 4); choose another format or run ModelOpt on a GPU"
     )

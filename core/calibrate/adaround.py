@@ -16,13 +16,13 @@ import numpy as np
 
 import core
 from core import blocks, encoding
+from core.calibrate.adam import Adam
 from core.calibrate.layer import output_error
 from core.formats import CodebookFormat, Format, IntFormat
 from core.quantize import QuantizedTensor, step_of
 from core.spec import QuantSpec
 
 PENALTY = 0.4  # final weight of the penalty, in units of an element's own curvature; 0.25 to 0.5 measured alike
-DECAY_MEAN, DECAY_SQUARE = 0.9, 0.99  # Adam
 CHECK_EVERY = 5  # steps between two looks at the true error, which costs as much as a step
 SWEEP_COLUMNS = 64  # columns whose changes are spread inside before they reach all others by one matrix product
 
@@ -205,14 +205,11 @@ def _relax(weight, level, step, hessian, moves: Moves, steps: int, lr: float, se
   curvature = np.diag(hessian) * gap * step  # of an element by its own position, over gap * step; gradients are in these units
   inverse = np.divide(1, curvature, out=np.zeros_like(curvature), where=curvature != 0)
   found, best = level.copy(), _row_error(level * step - weight, hessian)
-  mean, square = np.zeros_like(position), np.zeros_like(position)
+  adam = Adam(position.shape, epsilon=1e-8)
   for count in range(1, steps + 1):
     gradient = ((lower + gap * position) * step - weight) @ hessian * inverse
     gradient -= np.float32(PENALTY * count / steps) * (2 * position - 1)
-    mean += np.float32(1 - DECAY_MEAN) * (gradient - mean)
-    square += np.float32(1 - DECAY_SQUARE) * (gradient * gradient - square)
-    rate = np.float32(lr * np.sqrt(1 - DECAY_SQUARE**count) / (1 - DECAY_MEAN**count))
-    position = np.clip(position - rate * mean / (np.sqrt(square) + np.float32(1e-8)), 0, 1)
+    position = np.clip(position - np.float32(lr) * adam.direction(gradient), 0, 1)
     if count % CHECK_EVERY and count != steps:
       continue
     rounded = lower + gap * (position >= 0.5)

@@ -14,6 +14,7 @@ import numpy as np
 
 import core
 from core import blocks, rounding
+from core.calibrate.adam import Adam, cosine
 from core.calibrate.adaround import levels_and_steps
 from core.calibrate.layer import Change, Layer
 
@@ -45,26 +46,18 @@ class Student(Protocol):
     ...
 
 
-class Adam:
-  """Adam with a cosine from `lr` to 0 and one warm-up step.
-
-  References: Kingma and Ba, 2014, arXiv:1412.6980.
-  """
+class Moving:
+  """A tensor r that starts at zero and steps against its gradient, at most about `lr` at first and ever less."""
 
   def __init__(self, shape: tuple[int, ...], lr: float, steps: int) -> None:
     self.value = np.zeros(shape, np.float32)
+    self._adam = Adam(shape)
     self._lr, self._steps, self._done = lr, steps, 0
-    self._mean, self._square = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
 
   def step(self, gradient: np.ndarray) -> None:
     """One step against the gradient."""
+    self.value -= np.float32(cosine(self._lr, self._done, self._steps)) * self._adam.direction(gradient)
     self._done += 1
-    self._mean += np.float32(0.1) * (gradient - self._mean)
-    self._square += np.float32(0.01) * (gradient * gradient - self._square)
-    mean = self._mean / np.float32(1 - 0.9**self._done)
-    square = self._square / np.float32(1 - 0.99**self._done)
-    rate = self._lr * 0.5 * (1 + math.cos(math.pi * (self._done - 1) / self._steps))
-    self.value -= np.float32(rate) * mean / (np.sqrt(square) + np.float32(1e-12))
 
 
 def tunes_scales(layer: Layer) -> bool:
@@ -93,8 +86,8 @@ class TunedWeight:
     stored = core.quantize(layer.weight, layer.spec, amax)
     self._level, step = levels_and_steps(stored)
     self._step = np.asarray(core.scales(amax, layer.spec).step, np.float32)
-    self._scales = Adam(self._step.shape, scale_lr, steps) if scale_lr else None
-    self._moves = Adam(layer.weight.shape, rounding_lr, steps) if rounding_lr else None
+    self._scales = Moving(self._step.shape, scale_lr, steps) if scale_lr else None
+    self._moves = Moving(layer.weight.shape, rounding_lr, steps) if rounding_lr else None
     source = layer.weight if latent is None else latent
     scaled = source / np.where(step == 0, 1, step)
     self._start = np.clip(scaled, self._level - np.float32(0.499), self._level + np.float32(0.499)).astype(np.float32)
@@ -139,13 +132,13 @@ class _Free:
 
   start: np.ndarray
   unit: np.ndarray
-  adam: Adam
+  moving: Moving
 
   def value(self) -> np.ndarray:
-    return self.start + self.unit * self.adam.value
+    return self.start + self.unit * self.moving.value
 
   def step(self, gradient: np.ndarray) -> None:
-    self.adam.step(gradient * self.unit)
+    self.moving.step(gradient * self.unit)
 
 
 def tune(
@@ -201,9 +194,9 @@ def tune(
   }
   free: dict[str, _Free] = {}
   if "norms" in parts:
-    free |= {n: _Free(v, np.maximum(np.abs(v), np.abs(v).mean()), Adam(v.shape, norm_lr, steps)) for n, v in student.norms().items()}
+    free |= {n: _Free(v, np.maximum(np.abs(v), np.abs(v).mean()), Moving(v.shape, norm_lr, steps)) for n, v in student.norms().items()}
   if "low_rank" in parts:
-    free |= {n: _Free(v, np.full_like(v, _size(v)), Adam(v.shape, low_rank_lr, steps)) for n, v in student.low_rank().items()}
+    free |= {n: _Free(v, np.full_like(v, _size(v)), Moving(v.shape, low_rank_lr, steps)) for n, v in student.low_rank().items()}
   rng, losses = np.random.default_rng(seed), []
   for epoch in range(epochs):
     total = 0.0

@@ -17,13 +17,13 @@ import numpy as np
 import core
 from core import blocks, formats, rounding, scaling
 from core.blocks import Tiling
+from core.calibrate.adam import Adam, cosine
 from core.calibrate.layer import output_error
 from core.calibrate.weight_search import start_amax
 from core.formats import CodebookFormat, IntFormat
 from core.spec import QuantSpec
 
 LEARN = ("post", "pre", "both")
-DECAY_MEAN, DECAY_SQUARE = 0.9, 0.99  # Adam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,27 +204,23 @@ class _Problem:
     return (new < old)[:, None] if self.own_rows else np.asarray(new.sum(dtype=np.float64) < old.sum(dtype=np.float64))
 
 
-class _Adam:
+class _Ratios:
   """Ratios to the start, descended with Adam on their logarithm and a cosine schedule."""
 
   def __init__(self, shape: tuple[int, ...], steps: int, lr: float) -> None:
     self.ratio = np.ones(shape)
-    self.mean, self.square = np.zeros(shape), np.zeros(shape)
-    self.steps, self.lr, self.count = steps, lr, 0
+    self._adam = Adam(shape, np.float64, epsilon=1e-30)
+    self._steps, self._lr, self._done = steps, lr, 0
 
   def step(self, gradient: np.ndarray) -> None:
-    rate = self.lr * 0.5 * (1 + math.cos(math.pi * self.count / self.steps))
-    self.count += 1
-    self.mean = DECAY_MEAN * self.mean + (1 - DECAY_MEAN) * gradient
-    self.square = DECAY_SQUARE * self.square + (1 - DECAY_SQUARE) * gradient**2
-    mean, square = self.mean / (1 - DECAY_MEAN**self.count), self.square / (1 - DECAY_SQUARE**self.count)
-    self.ratio = self.ratio * np.exp(-rate * mean / (np.sqrt(square) + 1e-30))
+    self.ratio = self.ratio * np.exp(-cosine(self._lr, self._done, self._steps) * self._adam.direction(gradient))
+    self._done += 1
 
 
 def _tied(problem: _Problem, start: np.ndarray, steps: int, lr: float, keep: str) -> LsqResult:
-  adam, best, found = _Adam(start.shape, steps, lr), None, start
+  ratios, best, found = _Ratios(start.shape, steps, lr), None, start
   for count in range(steps + 1):
-    amax = np.asarray(start * adam.ratio, np.float32)
+    amax = np.asarray(start * ratios.ratio, np.float32)
     scales = problem.scales(amax)
     u, level = problem.levels(scales)
     rows, pull = problem.error(level, scales.step)
@@ -232,7 +228,7 @@ def _tied(problem: _Problem, start: np.ndarray, steps: int, lr: float, keep: str
     found = np.where(better, amax, found)
     best = rows if best is None else np.where(np.ravel(better), rows, best)
     if count < steps:
-      adam.step(problem.slope(pull * lsq_gradient(u, level, problem.low, problem.high), scales.step))
+      ratios.step(problem.slope(pull * lsq_gradient(u, level, problem.low, problem.high), scales.step))
   before, after = (
     problem.exact(core.fake_quantize(problem.weight, problem.spec, a, tensor_amax=problem.tensor_amax)) for a in (start, found)
   )
@@ -244,12 +240,12 @@ def _tied(problem: _Problem, start: np.ndarray, steps: int, lr: float, keep: str
 
 def _dual(problem: _Problem, start: np.ndarray, steps: int, lr: float, fit: bool, keep: str) -> LsqResult:
   weight, spec, tiling = problem.weight, problem.spec, problem.tiling
-  adam = _Adam(start.shape, steps, lr)
+  ratios = _Ratios(start.shape, steps, lr)
   first = problem.scales(start)
   post = first.step
   kept = (np.zeros(0), weight, post)
   for count in range(steps + 1):
-    pre = problem.scales(np.asarray(start * adam.ratio, np.float32))
+    pre = problem.scales(np.asarray(start * ratios.ratio, np.float32))
     u, level = problem.levels(pre)
     flat = blocks.from_blocks(level, tiling)
     if fit:
@@ -262,7 +258,7 @@ def _dual(problem: _Problem, start: np.ndarray, steps: int, lr: float, fit: bool
       kept = (np.where(np.ravel(better), rows, kept[0]), np.where(better, flat, kept[1]), np.where(better, post, kept[2]))
     if count < steps:
       inside = (u >= problem.low) & (u <= problem.high)
-      adam.step(problem.slope(pull * np.where(inside, -u, 0), post))
+      ratios.step(problem.slope(pull * np.where(inside, -u, 0), post))
   plain = core.fake_quantize(weight, spec, start, tensor_amax=problem.tensor_amax)
   amax = np.where(start != 0, kept[2] * np.float32(spec.element_bound), start).astype(np.float32)
   value = blocks.to_blocks(kept[1], tiling) * blocks.expand(problem.scales(amax).step, tiling)

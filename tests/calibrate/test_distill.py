@@ -7,7 +7,7 @@ import pytest
 
 import core
 from core import formats
-from core.calibrate.distill import Adam, TunedWeight, tune, tunes_scales
+from core.calibrate.distill import Moving, TunedWeight, tune, tunes_scales
 from core.calibrate.layer import Layer
 from core.spec import QuantSpec
 from tests.experiments import tiny
@@ -23,9 +23,9 @@ def layer_of(weight: np.ndarray, spec: QuantSpec) -> Layer:
 
 
 def test_adam_steps_by_lr_against_the_sign_at_first():
-  adam = Adam((3,), 0.1, 10)
-  adam.step(np.array([2.0, -5.0, 0.0], np.float32))
-  np.testing.assert_allclose(adam.value, [-0.1, 0.1, 0.0], rtol=1e-5)
+  moving = Moving((3,), 0.1, 10)
+  moving.step(np.array([2.0, -5.0, 0.0], np.float32))
+  np.testing.assert_allclose(moving.value, [-0.1, 0.1, 0.0], rtol=1e-5)
 
 
 def test_an_untouched_weight_ends_as_it_began():
