@@ -28,7 +28,7 @@ WEIGHT_ALGORITHMS = ("max", "mse", "local_hessian")
 def _calibrate(host: Host, run: Run, method: str, num_bins: int, skip_zeros: bool, **options: Any) -> None:
   """amax of every static per-tensor activation quantizer, from one run of the forward loop; the others are reported and stay."""
   _try_out(method, num_bins, options)
-  configs = host.activation_configs()
+  configs = {name: config for name, config in host.activation_configs().items() if run.includes(name)}
   held: dict[str, Histogram] = {}
   for name, config in configs.items():
     reason = config.why_no_histogram(method)
@@ -63,7 +63,7 @@ def _try_out(method: str, num_bins: int, options: dict[str, Any]) -> None:
   histogram.amax_of(probe, QuantSpec.named("int8"), method, **options)
 
 
-@register_algorithm("entropy", whole=True)
+@register_algorithm("entropy", whole=True, includes=True)
 def entropy(
   host: Host, run: Run, *, num_bins: int = histogram.NUM_BINS, skip_zeros: bool = False, start_bin: int | None = None, stride: int = 1
 ) -> None:
@@ -82,7 +82,7 @@ def entropy(
   _calibrate(host, run, "entropy", num_bins, skip_zeros, start_bin=start_bin, stride=stride)
 
 
-@register_algorithm("percentile", whole=True)
+@register_algorithm("percentile", whole=True, includes=True)
 def percentile(host: Host, run: Run, *, percentile: float = 99.99, num_bins: int = histogram.NUM_BINS, skip_zeros: bool = False) -> None:
   """amax of static per-tensor activations that covers `percentile` % of the magnitudes; weights by max.
 
@@ -96,7 +96,7 @@ def percentile(host: Host, run: Run, *, percentile: float = 99.99, num_bins: int
   _calibrate(host, run, "percentile", num_bins, skip_zeros, percentile=percentile)
 
 
-@register_algorithm("activation_mse", whole=True)
+@register_algorithm("activation_mse", whole=True, includes=True)
 def activation_mse(host: Host, run: Run, *, num_bins: int = histogram.NUM_BINS, skip_zeros: bool = False) -> None:
   """amax of static per-tensor activations by least squared error over their histogram; weights by max.
 
@@ -109,7 +109,7 @@ def activation_mse(host: Host, run: Run, *, num_bins: int = histogram.NUM_BINS, 
   _calibrate(host, run, "mse", num_bins, skip_zeros)
 
 
-@register_algorithm("nvfp4_act_headroom", whole=True)
+@register_algorithm("nvfp4_act_headroom", whole=True, includes=True)
 def nvfp4_act_headroom(
   host: Host,
   run: Run,
@@ -139,7 +139,7 @@ def nvfp4_act_headroom(
   method = check_choice("weight_scale_algorithm", config.pop("method", None) or "max", WEIGHT_ALGORITHMS)
   percentiles = {"anchor_percentile": anchor_percentile, "upper_percentile": upper_percentile}
   _headroom(_one_block(), rho, percentiles)
-  configs = {name: c for name, c in host.activation_configs().items() if c.spec.two_level and c.spec.dynamic}
+  configs = {name: c for name, c in host.activation_configs().items() if c.spec.two_level and c.spec.dynamic and run.includes(name)}
   held = {name: BlockAmaxHistogram() for name in configs}
   if held:
     host.observe_tensors(lambda name, x: held[name].add(core.block_amax(x, configs[name].spec)), list(held))
@@ -160,7 +160,7 @@ def nvfp4_act_headroom(
       stacklevel=2,
     )
   if method != "max":
-    decide_each(host, ALGORITHMS[method], config, run.report)
+    decide_each(host, ALGORITHMS[method], config, run)
 
 
 def _headroom(hist: BlockAmaxHistogram, rho: float, percentiles: dict[str, float]) -> tuple[float, bool]:

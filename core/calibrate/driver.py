@@ -7,6 +7,7 @@ model's blocks one after the other, each on what the already quantized blocks be
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -19,9 +20,10 @@ from core.calibrate.layer import Change
 from core.calibrate.progress import progress
 from core.calibrate.registry import Algorithm
 from core.calibrate.resume import Journal
-from core.config import ConfigWarning
+from core.config import ConfigWarning, matches_name
 
 Report = list[dict[str, Any]]
+_COPY = re.compile(r"\[[\d,]+\]$")
 NO_TOKENS = "no tokens"
 
 
@@ -65,6 +67,7 @@ class Run:
     layerwise: block by block or in one sweep.
     true_sequential: within a block, layers that come later see the quantized ones before them.
     exclude_padding: padding is left out of the statistics (by the host).
+    include: patterns of the layers that it runs on; None for all. The others keep what they have, or get max calibration.
   """
 
   algorithm: Algorithm
@@ -73,9 +76,20 @@ class Run:
   layerwise: Layerwise
   true_sequential: bool = False
   exclude_padding: bool = False
+  include: tuple[str, ...] | None = None
 
   def __post_init__(self) -> None:
     self.start = len(self.report)
+
+  def includes(self, name: str) -> bool:
+    """Whether a layer, by its name or by that of one of its quantizers, is among those that the algorithm runs on.
+
+    A stacked copy ("mlp.up_proj[1]") goes with its layer.
+    """
+    if self.include is None:
+      return True
+    layer = _COPY.sub("", name.rpartition(".")[0] if name.endswith("_quantizer") else name)
+    return any(matches_name(pattern, layer) for pattern in self.include)
 
   def note(self, name: str, change: Change | None, reason: str = "") -> None:
     """One line of the report."""
@@ -89,18 +103,23 @@ def run(host: Host, algorithm: Algorithm, options: Mapping[str, Any], report: Re
   Args:
     host: the model.
     algorithm: from the registry.
-    options: as a configuration gives them, common ones included (`layerwise`, `true_sequential`, `checkpoint_dir`).
+    options: as a configuration gives them, common ones included (`layerwise`, `true_sequential`, `checkpoint_dir`, `include`).
     report: gets one dict per layer.
 
   Raises:
-    ValueError: an option that is not allowed, calibration data that are not finite, or files of another run.
+    ValueError: an option that is not allowed, calibration data that are not finite, files of another run, or `include` for an algorithm
+      that changes several layers together.
   """
   own = {key: value for key, value in options.items() if key in algorithm.options}
   layerwise = Layerwise.read(options.get("layerwise"))
   if options.get("checkpoint_dir"):
     layerwise = dataclasses.replace(layerwise, checkpoint_dir=str(options["checkpoint_dir"]))
   sequential, unpadded = (bool(options.get(name, False)) for name in ("true_sequential", "exclude_padding"))
-  job = Run(algorithm, own, [] if report is None else report, layerwise, sequential, unpadded)
+  include = options.get("include")
+  if include is not None and algorithm.whole and not algorithm.includes:
+    raise ValueError(f"algorithm {algorithm.name!r} changes layers together and cannot be limited to {include!r}; leave 'include' out")
+  report = [] if report is None else report
+  job = Run(algorithm, own, report, layerwise, sequential, unpadded, None if include is None else tuple(include))
   host.calibrate_missing(inputs=algorithm.calibrated_inputs or layerwise.enable or algorithm.observed_at(own) == QUANTIZED)
   if algorithm.whole:
     algorithm.function(host, job, **own)
@@ -125,7 +144,7 @@ def _warn_without_data(job: Run) -> None:
 
 
 def _targets(host: Host, job: Run) -> list[str]:
-  names = host.layers()
+  names = [name for name in host.layers() if job.includes(name)]
   if job.algorithm.weights_only:
     names = [name for name in names if host.layer(name).specs]
   return names
@@ -135,6 +154,8 @@ def _journal(host: Host, job: Run) -> Journal:
   """The run's journal: its steps hold for these options, and for this way through the model."""
   way = {"layerwise": job.layerwise.enable, "quantized_prefix": job.layerwise.quantized_prefix, "true_sequential": job.true_sequential}
   options = {**job.options, **way, "exclude_padding": job.exclude_padding}
+  if job.include is not None:
+    options["include"] = job.include
   return Journal.open(job.layerwise.checkpoint_dir, host, job.algorithm.name, options)
 
 
@@ -156,8 +177,8 @@ def _in_one_sweep(host: Host, job: Run) -> None:
   journal.finish()
 
 
-def decide_each(host: Host, algorithm: Algorithm, options: Mapping[str, Any], report: Report) -> None:
-  """Run another algorithm in one sweep, from within one that drives the host itself.
+def decide_each(host: Host, algorithm: Algorithm, options: Mapping[str, Any], job: Run) -> None:
+  """Run another algorithm in one sweep on the same layers, from within one that drives the host itself.
 
   Raises:
     ValueError: an option that it does not know.
@@ -165,7 +186,7 @@ def decide_each(host: Host, algorithm: Algorithm, options: Mapping[str, Any], re
   unknown = sorted(set(options) - set(algorithm.options))
   if unknown:
     raise ValueError(f"algorithm {algorithm.name!r} does not know {', '.join(unknown)}; its options are {', '.join(algorithm.options)}")
-  _in_one_sweep(host, Run(algorithm, dict(options), report, Layerwise()))
+  _in_one_sweep(host, Run(algorithm, dict(options), job.report, Layerwise(), include=job.include))
 
 
 def decide(host: Host, job: Run, group: Group, collector: Collector) -> list[Change | None]:

@@ -34,6 +34,7 @@ class Algorithm:
     options: names of its options.
     weights_only: layers whose weight is not quantized are left out.
     calibrated_inputs: static input quantizers have their amax before it runs.
+    includes: a whole one keeps to the run's `include` itself; the others are given only the layers it names.
     teacher: it needs what the float model returned, recorded before anything changes.
   """
 
@@ -47,6 +48,7 @@ class Algorithm:
   weights_only: bool = True
   teacher: bool = False
   calibrated_inputs: bool = True
+  includes: bool = False
 
   def wanted(self, options: Mapping[str, Any]) -> tuple[str, ...]:
     """Statistics under these options."""
@@ -70,6 +72,7 @@ def register_algorithm(
   weights_only: bool = True,
   teacher: bool = False,
   calibrated_inputs: bool = True,
+  includes: bool = False,
   also: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
   """Decorator that makes `algorithm: name` run a function of numpy arrays, in PyTorch and in JAX.
@@ -87,6 +90,7 @@ def register_algorithm(
     weights_only: only layers with a quantized weight.
     teacher: record what the float model returns before the first algorithm of the list runs (`host.student()`).
     calibrated_inputs: calibrate static input quantizers before it runs; False where it sets their amax itself saves a run of the model.
+    includes: with `whole`: it asks `run.includes(name)`, so that a configuration may limit it to some layers.
     also: further option names that are accepted and have no effect here (options of ModelOpt about its own machinery).
 
   Raises:
@@ -103,7 +107,7 @@ def register_algorithm(
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     options = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
     wanted = statistics if callable(statistics) else tuple(statistics)
-    ALGORITHMS[name] = Algorithm(name, function, wanted, grouped, point, whole, options, weights_only, teacher, calibrated_inputs)
+    ALGORITHMS[name] = Algorithm(name, function, wanted, grouped, point, whole, options, weights_only, teacher, calibrated_inputs, includes)
     register_algorithm_name(name, None if open_ended else (*options, *also))
     return function
 

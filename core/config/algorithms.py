@@ -10,7 +10,7 @@ from core.config.frozen import FrozenDict, check_choice, check_keys, thaw
 
 # Options that every method takes. Those of ModelOpt's own machinery are accepted and have no effect.
 COMMON = (
-  "layerwise", "true_sequential", "checkpoint_dir", "exclude_padding",
+  "layerwise", "true_sequential", "checkpoint_dir", "exclude_padding", "include",
   "moe_calib_experts_ratio", "debug", "distributed_sync", "shared_states",
 )  # fmt: skip
 
@@ -80,4 +80,15 @@ def read_algorithm(value: Any) -> tuple[AlgorithmConfig, ...]:
   allowed = ALGORITHMS[method]
   if allowed is not None:
     check_keys(f"algorithm {method!r}", options, (*allowed, *COMMON))
+  if "include" in options:
+    _check_include(method, options["include"])
   return (AlgorithmConfig(method, FrozenDict(options)),)
+
+
+def _check_include(method: str, include: Any) -> None:
+  if method == "max":
+    raise ValueError(
+      "algorithm 'max' has 'include', which it does not take: every layer that no other step calibrates gets max calibration; leave it out"
+    )
+  if isinstance(include, str) or not isinstance(include, list | tuple) or not all(isinstance(item, str) and item for item in include):
+    raise ValueError(f"algorithm {method!r}: include is {include!r}; a list of patterns of layer names is needed, such as ['*.q_proj']")

@@ -80,8 +80,8 @@ class SearchHost(Protocol):
       A score for every layer and format of `choices`; 0 for layers that the loss does not depend on.
 
     Raises:
-      ValueError: the loss is not finite, does not depend on the model's layers at all, or a gradient is not finite (names the layer);
-        use `errors.loss_is_not_finite`, `errors.loss_is_independent`, `errors.gradient_is_not_finite` (core/search/errors.py) for the words.
+      ValueError: the loss is not finite, does not depend on the model's layers at all, or a gradient or a quantized output is not finite
+        (names the layer); the words are in `core.search.errors`.
     """
     ...
 
