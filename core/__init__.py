@@ -6,11 +6,13 @@
 
 from core import formats
 from core.metrics import cosine, effective_bits, kl_divergence, sqnr_db
+from core.packed import PackedTensor, dequantize_packed, pack_tensor, packed_bytes, unpack_tensor
 from core.quantize import QuantizedTensor, amax, block_amax, cast_saturating, dequantize, fake_quantize, pack, quantize, tensor_amax, unpack
 from core.scaling import Scales, scales
 from core.spec import QuantSpec
 
 __all__ = [
+  "PackedTensor",
   "QuantSpec",
   "QuantizedTensor",
   "Scales",
@@ -19,14 +21,18 @@ __all__ = [
   "cast_saturating",
   "cosine",
   "dequantize",
+  "dequantize_packed",
   "effective_bits",
   "fake_quantize",
   "formats",
   "kl_divergence",
   "pack",
+  "pack_tensor",
+  "packed_bytes",
   "quantize",
   "scales",
   "sqnr_db",
   "tensor_amax",
   "unpack",
+  "unpack_tensor",
 ]

@@ -141,6 +141,21 @@ def unpack_codes(packed: Array, width: int, length: int, signed: bool = False) -
   return xp.int8((data ^ sign) - sign)
 
 
+def decode_packed(packed: Array, fmt: Format, length: int) -> Array:
+  """Levels of packed codes: `decode(unpack_codes(packed, ...))`, bit for bit.
+
+  Args:
+    packed: [..., P] uint8.
+    fmt: element format of at most 8 bits.
+    length: K, the number of codes along the last axis.
+
+  Returns:
+    [..., K] float32.
+  """
+  signed = isinstance(fmt, IntFormat) and fmt.signed
+  return decode(unpack_codes(packed, fmt.bits, length, signed), fmt)
+
+
 def _group(width: int) -> tuple[int, int]:
   """The least number of codes that fill whole bytes, and that number of bytes."""
   per_group = next(n for n in (1, 2, 4, 8) if n * width % 8 == 0)

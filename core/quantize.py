@@ -150,9 +150,22 @@ def dequantize(q: QuantizedTensor) -> Array:
   Returns:
     q.shape, float32.
   """
+  return apply_scales(encoding.decode(q.codes, q.spec.element), q)
+
+
+def apply_scales(levels: Array, q: QuantizedTensor) -> Array:
+  """Values of levels under the scales and zero points of q, whose codes are not looked at.
+
+  Args:
+    levels: q.shape, float32: what the codes stand for (`encoding.decode`).
+    q: scales, zero point, specification and shape.
+
+  Returns:
+    q.shape, float32.
+  """
   tiling = blocks.tiling(q.shape, q.spec)
-  xp = namespace(q.codes)
-  levels = encoding.decode(blocks.to_blocks(xp.int32(q.codes), tiling), q.spec.element)
+  xp = namespace(levels)
+  levels = blocks.to_blocks(levels, tiling)
   if q.zero_point is not None:
     levels = levels - blocks.expand(xp.float32(q.zero_point), tiling)
   if q.spec.scale_format == E8M0:

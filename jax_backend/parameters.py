@@ -13,7 +13,8 @@ import numpy as np
 
 from core.calibrate.layer import Change
 from core.config.matching import canonical_name
-from jax_backend import layouts, tree, weights
+from core.quantize import QuantizedTensor
+from jax_backend import layouts, packed, tree, weights
 from jax_backend.apply import QuantModule
 from jax_backend.interceptors import INPUT
 from jax_backend.layouts import SAME, Layout
@@ -149,6 +150,11 @@ class Parameters:
       return None
     a, b = (np.asarray(part, np.float32)[place.index] for part in (first.low_rank_a, first.low_rank_b))
     return (a, b) if b.any() else None
+
+  def stored(self, name: str) -> QuantizedTensor | None:
+    place = self.places[name]
+    first = self._quant[place.path, WEIGHT].leaves[0]
+    return None if first.packed is None else packed.quantized(first, place.index)
 
   def recalibrate(self, names: Iterable[str]) -> None:
     wanted = {re.sub(r"\[[\d,]+\]", "", name) for name in names}  # stacked copies are one quantizer

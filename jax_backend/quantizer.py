@@ -25,7 +25,7 @@ from jax_backend import affine, layouts, ste
 from jax_backend.layouts import SAME, Layout
 
 OFF, CALIBRATE, QUANTIZE, FOLDED, PASS = "off", "calibrate", "quantize", "folded", "pass"
-_LEAVES = ("amax", "tensor_amax", "pre_quant_scale", "bias", "scales", "statistics", "low_rank_a", "low_rank_b")
+_LEAVES = ("amax", "tensor_amax", "pre_quant_scale", "bias", "scales", "statistics", "low_rank_a", "low_rank_b", "packed")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ class Quantizer:
     statistics: running calibration statistics, only while calibrating.
     low_rank_a, low_rank_b: [r, K] and [N, r] float32 of a weight quantizer: the layer adds b (a x) of its scaled, unquantized input x
       (SVDQuant); None without that branch. They stay when the quantizer is off or folded.
+    packed: of a compressed weight, its codes and scales (`jax_backend.packed.Packed`), in the place of the parameter; else None.
   """
 
   config: QuantizerConfig
@@ -68,6 +69,7 @@ class Quantizer:
   statistics: dict[str, Any] | None = None
   low_rank_a: Any = None
   low_rank_b: Any = None
+  packed: Any = None
 
   def __post_init__(self) -> None:
     if isinstance(self.config, Mapping):

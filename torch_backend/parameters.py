@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.calibrate.relations import norm_kind
+from core.quantize import QuantizedTensor
 from torch_backend.modules import QuantWeight
 from torch_backend.modules.base import QuantTable
 from torch_backend.quantizer import TensorQuantizer
@@ -100,6 +101,10 @@ class Parameters:
     first = tensor_quantizers(self._modules[name].weight_quantizer)[0]
     a, b = first.low_rank_a, first.low_rank_b
     return None if a is None or b is None else (a.detach().cpu().numpy(), b.detach().cpu().numpy())
+
+  def stored(self, name: str) -> QuantizedTensor | None:
+    held = self._modules[name].packed_weight
+    return None if held is None else held.quantized()
 
   def recalibrate(self, names: Iterable[str]) -> None:
     for name in names:

@@ -83,6 +83,24 @@ class TensorQuantizer(QuantizerState):
       return straight_through(x, y)
     return straight_through(x, y, statistics.inside(x.detach(), self.spec, amax))
 
+  def codes(self, x: Tensor) -> tuple[core.QuantizedTensor, Tensor | None]:
+    """What a call's result is made of: (codes and scales; float32 offset that is added to what they stand for, or None)."""
+    x = self._transform(x) if self._transforms else x
+    bias = None
+    if self.config.bias is not None:
+      bias = statistics.bias_of(x, self.config.bias) if self._bias_value is None else self._bias_value
+      x = x.to(torch.float32) - bias
+    return core.quantize(x, self.spec, self._amax, tensor_amax=self._tensor_amax), bias
+
+  def from_codes(self, packed: core.PackedTensor, offset: Tensor | None, like: Tensor) -> Tensor:
+    """What a call would have returned, from the `codes` of its argument; in the type of `like`."""
+    y = core.dequantize_packed(packed)
+    if offset is not None:
+      y = y + offset
+    if self._rotates_back:
+      y = hadamard.unrotate(y, self._rotation.block_size, self._rotation.seed)
+    return core.cast_saturating(y, like)
+
   def preview(self, x: Tensor) -> Tensor:
     """x quantized with its own amax (or the constant one): what the next quantizer of a sequence calibrates on, in whatever order batches
     come."""

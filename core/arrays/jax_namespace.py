@@ -22,6 +22,9 @@ class JaxNamespace:
   def float32(self, x: Array) -> Array:
     return x.astype(self.jnp.float32)
 
+  def float16(self, x: Array) -> Array:
+    return x.astype(self.jnp.float16)
+
   def int32(self, x: Array) -> Array:
     return x.astype(self.jnp.int32)
 

@@ -25,6 +25,9 @@ class NumpyNamespace:
     with np.errstate(over="ignore", invalid="ignore"):
       return np.asarray(x).astype(np.float32, copy=False)
 
+  def float16(self, x: Array) -> Array:
+    return x.astype(np.float16)
+
   def int32(self, x: Array) -> Array:
     return np.asarray(x).astype(np.int32, copy=False)
 

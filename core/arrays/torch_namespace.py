@@ -21,6 +21,9 @@ class TorchNamespace:
   def float32(self, x: Array) -> Array:
     return x.to(self.torch.float32)
 
+  def float16(self, x: Array) -> Array:
+    return x.to(self.torch.float16)
+
   def int32(self, x: Array) -> Array:
     return x.to(self.torch.int32)
 

@@ -10,10 +10,11 @@ import numpy as np
 from core.calibrate.distill import Student
 from core.calibrate.layer import Change, Layer
 from core.config.schema import QuantizerConfig
+from core.quantize import QuantizedTensor
 from core.spec import QuantSpec
 
 Visit = Callable[[tuple[str, ...], np.ndarray], None]
-"""Called with the names of the layers that read one and the same tensor, and that tensor as [T, K] float32."""
+"""Called with the names of the layers that read one and the same tensor, and that tensor as [T, K] float32, or float64 in a float64 model."""
 TensorVisit = Callable[[str, np.ndarray], None]
 """Called with the name of an activation quantizer and what it would round: float32 in torch's layout, [T, K] where padding is left out."""
 
@@ -181,6 +182,13 @@ class Host(Protocol):
 
   def low_rank(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
     """(a [r, K], b [N, r]) of a layer's branch beside its weight, or None."""
+    ...
+
+  def stored(self, name: str) -> QuantizedTensor | None:
+    """Codes and scales of a layer's compressed weight as they are held, in torch's layout, numpy arrays; None where it is not compressed.
+
+    Of a sequence of quantizers these are the codes of the first; the others are applied to what they stand for.
+    """
     ...
 
   def recalibrate(self, names: Collection[str]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_backend import statistics
+from torch_backend.packed import PackedWeight
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.sequential import Quantizer, tensor_quantizers
 from torch_backend.ste import straight_through
@@ -67,15 +68,19 @@ class QuantWeight(QuantInput):
 
   In evaluation the quantized weight is kept and reused until the weight, the amax, or the configuration changes. Writing through
   `weight.data` in place is invisible to torch's version counter; a checksum of the weight catches it on the CPU.
+
+  After `compress` there is no parameter "weight": `packed_weight` holds its codes, and every call dequantizes them anew.
   """
 
   weight_quantizer: Quantizer
+  packed_weight: PackedWeight | None
   _weight_in_use: Tensor | None
   _weight_kept: tuple[Any, ...] | None
 
   def _setup(self) -> None:
     super()._setup()
     self.weight_quantizer = TensorQuantizer()
+    self.packed_weight = None
     self._weight_in_use = None
     self._weight_kept = None
 
@@ -90,10 +95,12 @@ class QuantWeight(QuantInput):
 
   @property
   def stored_weight(self) -> Tensor:
-    """The weight as it is trained and stored."""
+    """The weight as it is trained and stored; of a compressed one, what its codes stand for."""
     parameters = self.__dict__["_parameters"]
     if "weight" in parameters:
       return parameters["weight"]
+    if self.packed_weight is not None:
+      return self.stored(self._dequantized(self.packed_weight))
     if "weight" in self.__dict__:
       return self.__dict__["weight"]
     return super().weight  # type: ignore[misc]  # a parametrization's property
@@ -112,6 +119,8 @@ class QuantWeight(QuantInput):
     Under `torch.compile` it is part of the graph, computed in each call: a graph cannot notice that a kept weight has become stale.
     Fold the weights (`fold_weight`) before compiling a model that is not trained any more.
     """
+    if self.packed_weight is not None:
+      return self.compute_weight()
     weight = self.stored_weight
     quantizers = tensor_quantizers(self.weight_quantizer)
     gradient = torch.is_grad_enabled() and weight.requires_grad
@@ -136,7 +145,16 @@ class QuantWeight(QuantInput):
 
   def compute_weight(self) -> Tensor:
     """The weight after its quantizer, in the stored layout, computed anew."""
-    return self.stored(self.weight_quantizer(self.canonical(self.stored_weight)))
+    if self.packed_weight is None:
+      return self.stored(self.weight_quantizer(self.canonical(self.stored_weight)))
+    weight = self._dequantized(self.packed_weight)
+    for quantizer in tensor_quantizers(self.weight_quantizer)[1:]:
+      weight = quantizer(weight)
+    return self.stored(weight)
+
+  def _dequantized(self, held: PackedWeight) -> Tensor:
+    """What the codes of the (first) weight quantizer stand for, [out, in, ...]."""
+    return tensor_quantizers(self.weight_quantizer)[0].from_codes(held.packed, held.offset, held.like)
 
   def _state_of(self, weight: Tensor) -> tuple[Any, ...]:
     quantizers = tuple(q.state_key() for q in tensor_quantizers(self.weight_quantizer))
