@@ -367,10 +367,10 @@ class _Rows:
 
 
 def rows_of(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-  """[T, K] float32 of an activation [..., K], without the tokens that the mask leaves out."""
+  """[T, K] of an activation [..., K], float32 or float64, without the tokens that the mask leaves out."""
   if mask is not None and mask.shape == x.shape[:-1]:
     x = x[mask.astype(bool)]
-  return np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
+  return np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float64 if x.dtype == np.float64 else np.float32)
 
 
 def _at(value: Any, index: tuple[int, ...]) -> np.ndarray | None:

@@ -22,7 +22,7 @@ class InputWatch:
 
   Args:
     modules: layers by name.
-    visit: gets the names of all layers that read the tensor one after the other, and the tensor as [T, K] float32.
+    visit: gets the names of all layers that read the tensor one after the other, and the tensor as [T, K] float32 (float64 in a float64 model).
     point: as in `core.calibrate.host`.
     padding: gives the attention mask [B, T] of the running call, or None.
   """
@@ -67,7 +67,7 @@ class InputWatch:
       return
     with torch.no_grad():
       rows = self._rows(self._shown(self._modules[names[0]], x))
-    self._visit(names, rows.to("cpu", torch.float32).numpy())
+    self._visit(names, rows.to("cpu", torch.float64 if rows.dtype == torch.float64 else torch.float32).numpy())
 
   def _shown(self, module: QuantWeight, x: Tensor) -> Tensor:
     held = tensor_quantizers(module.input_quantizer)

@@ -7,7 +7,7 @@ sums, and which tokens are samples where there are more than `SAMPLES`.
 | amax | [K] float32 | largest magnitude of each channel |
 | mean_abs | [K] float64 | mean magnitude over all tokens |
 | mean | [K] float64 | mean |
-| hessian | [K, K] float32 | mean over tokens of x x^T |
+| hessian | [K, K] float32, or float64 from float64 inputs | mean over tokens of x x^T |
 | cross | [K, K] float32 | mean over tokens of y x^T, y the input that the float model has at the same place |
 | samples | [S, K] float32 | up to `SAMPLES` tokens, spread evenly over what came |
 """
@@ -50,7 +50,7 @@ class Accumulator:
     """One batch.
 
     Args:
-      x: [T, K] float32, finite.
+      x: [T, K] float32 or float64, finite.
       reference: [T, K], the float model's input at the same place, for "cross".
     """
     if not len(x):
