@@ -29,7 +29,7 @@ _calls = threading.local()
 
 
 @contextlib.contextmanager
-def _entered(module: nn.Module, method: str) -> Iterator[bool]:
+def entered(module: nn.Module, method: str) -> Iterator[bool]:
   """Whether this is the outermost call of that method on that instance: `super().__call__` fires an interceptor again."""
   active = _calls.__dict__.setdefault("active", set())
   key = (id(module), method)
@@ -78,7 +78,7 @@ def quantizing(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn
       f"module {'/'.join(module.path)!r} has quantizers, but its class {type(module).__name__} is not registered; register it with "
       "jax_backend.register before calling the model, or quantize again"
     )
-  with _entered(module, context.method_name) as outermost:
+  with entered(module, context.method_name) as outermost:
     if not outermost:
       return next_fun(*args, **kwargs)
     own = {name: tree.board(q) for name, q in rider.quantizers.items()}

@@ -105,7 +105,7 @@ def mount(params: Any, quant: Mapping[str, Any], mark: Any = None, path: Path = 
     path: of `params`.
   """
   merged = dict(params) if params is not None else {}
-  own = {name: _to_ride(node) for name, node in quant.items() if is_quantizer(node)}
+  own = {name: to_ride(node) for name, node in quant.items() if is_quantizer(node)}
   if own:
     merged[RIDER] = Rider(own, None if mark is None else (mark, path))
   for name, node in quant.items():
@@ -142,7 +142,8 @@ def _unusual(quantizer: AnyQuantizer) -> bool:
   return quantizer.stack != tuple(range(len(quantizer.stack)))
 
 
-def _to_ride(quantizer: AnyQuantizer) -> AnyQuantizer:
+def to_ride(quantizer: AnyQuantizer) -> AnyQuantizer:
+  """A quantizer as it rides: stacked axes where the module's parameters have them. `board` and `_from_ride` undo it."""
   if not _unusual(quantizer):
     return quantizer
   stack = quantizer.stack
