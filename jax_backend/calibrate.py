@@ -225,11 +225,17 @@ def _discovered(qmodule: QuantModule, qvariables: Mapping[str, Any], forward_loo
 
 @register_algorithm("max")
 def max_calibrate(
-  qmodule: QuantModule, qvariables: Mapping[str, Any], forward_loop: ForwardLoop | None = None, create: Creator | None = None, **_: Any
+  qmodule: QuantModule,
+  qvariables: Mapping[str, Any],
+  forward_loop: ForwardLoop | None = None,
+  create: Creator | None = None,
+  exclude_padding: bool = False,
+  **_: Any,
 ) -> dict[str, Any]:
   """amax of every weight, and of every activation over the forward loop; siblings then share their tensor-level scales.
 
-  While the loop runs nothing is quantized, so that no layer's statistics depend on another's format.
+  While the loop runs nothing is quantized, so that no layer's statistics depend on another's format. With `exclude_padding` the loop runs
+  a second time, for the tokens that the call's attention_mask does not mark as padding.
   """
   quant = dict(qvariables.get("quant", {}))
   if forward_loop is not None and (create is not None or any(_needs_data(q) for _, _, q in tree.items(quant) if q.param is None)):
@@ -237,7 +243,15 @@ def max_calibrate(
     runner = Runner(qmodule, {**qvariables, "quant": tree.build(start)}, create)
     forward_loop(runner)
     quant = histograms.calibrated(qmodule, {**qvariables, "quant": runner.finished()}, forward_loop)
-  return {**qvariables, "quant": groups.merge(_with_weights(qvariables, quant, lambda q: True))}
+  result = {**qvariables, "quant": groups.merge(_with_weights(qvariables, quant, lambda q: True))}
+  if not exclude_padding or forward_loop is None:
+    return result
+  from core.calibrate.padding import max_without_padding
+  from jax_backend.host import JaxHost  # it calls back into this file
+
+  host = JaxHost(qmodule, result, forward_loop, exclude_padding=True)
+  max_without_padding(host)
+  return host.variables
 
 
 def _with_weights(qvariables: Mapping[str, Any], quant: Mapping[str, Any], which: Callable[[AnyQuantizer], bool]) -> dict[str, Any]:

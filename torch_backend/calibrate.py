@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core import compression
 from core.calibrate import algorithms, driver
 from core.config import ConfigWarning
 from core.config.algorithms import AlgorithmConfig, read_algorithm, register_algorithm_name
 from core.config.frozen import thaw
 from torch_backend import groups
 from torch_backend.modules import QuantWeight
-from torch_backend.names import is_quantized, quantizers, walk
+from torch_backend.names import compressed_layers, is_quantized, quantizers, walk
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.sequential import Quantizer, tensor_quantizers
 from torch_backend.snapshot import evaluation, restored_on_error
@@ -78,6 +79,7 @@ def run(
   """Run calibration steps in order."""
   if forward_loop is not None and not callable(forward_loop):
     raise TypeError(f"forward_loop must be a function of the model, got {type(forward_loop).__name__}")
+  compression.refuse_compressed(compressed_layers(model), "calibration")
   with evaluation(model), torch.no_grad():
     teacher = _teacher(model, algorithm, forward_loop)
     for step in algorithm:
@@ -105,15 +107,22 @@ def _teacher(model: nn.Module, algorithm: tuple[AlgorithmConfig, ...], forward_l
 
 
 @register_algorithm("max")
-def max_calibrate(model: nn.Module, forward_loop: ForwardLoop | None = None, **_: Any) -> None:
+def max_calibrate(model: nn.Module, forward_loop: ForwardLoop | None = None, exclude_padding: bool = False, **_: Any) -> None:
   """amax of every weight, and of every activation over the forward loop; siblings then share their tensor-level scales.
 
-  While the loop runs nothing is quantized, so that no layer's statistics depend on another's format.
+  While the loop runs nothing is quantized, so that no layer's statistics depend on another's format. With `exclude_padding` the loop runs
+  a second time, for the tokens that the call's attention_mask does not mark as padding.
   """
+  compression.refuse_compressed(compressed_layers(model), "calibration")
   for quantizer, weight in weights(model):
     calibrate_tensor(quantizer, weight)
   calibrate_activations(model, forward_loop, lambda name: True)
   groups.merge(model)
+  if exclude_padding and forward_loop is not None:
+    from core.calibrate.padding import max_without_padding
+    from torch_backend.host import TorchHost  # it calls back into this file
+
+    max_without_padding(TorchHost(model, forward_loop, exclude_padding=True))
 
 
 def calibrate_missing(model: nn.Module, forward_loop: ForwardLoop | None, inputs: bool = True) -> None:

@@ -14,7 +14,7 @@ from core.quantize import QuantizedTensor
 from core.spec import QuantSpec
 
 Visit = Callable[[tuple[str, ...], np.ndarray], None]
-"""Called with the names of the layers that read one and the same tensor, and that tensor as [T, K] float32, or float64 in a float64 model."""
+"""Called with the names of the layers that read one tensor, and that tensor as [T, K] float32, or float64 in a float64 model."""
 TensorVisit = Callable[[str, np.ndarray], None]
 """Called with the name of an activation quantizer and what it would round: float32 in torch's layout, [T, K] where padding is left out."""
 

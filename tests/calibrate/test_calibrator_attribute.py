@@ -139,7 +139,21 @@ def test_padding_is_not_counted(backend):
   assert masked(backend, x, mask, {**algorithm, "exclude_padding": False}) == expected("percentile", [x], percentile=99.0)
 
 
-def masked(backend, x, mask, algorithm):
+@pytest.mark.parametrize("backend", RUNS)
+def test_max_leaves_padding_out(backend):
+  x = np.random.default_rng(1).normal(size=(2, 8, 64)).astype(np.float32)
+  mask = np.ones((2, 8), np.int32)
+  mask[:, 5:] = 0
+  x[:, 5:] *= 100
+  assert masked(backend, x, mask, {"method": "max", "exclude_padding": True}) == np.abs(x[:, :5]).max()
+  assert masked(backend, x, mask, {"method": "max"}) == np.abs(x).max()
+  nvfp4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+  assert masked(backend, x, mask, {"method": "max", "exclude_padding": True}, nvfp4) == np.abs(x[:, :5]).max()
+  with pytest.warns(ConfigWarning, match="one amax per tensor; 1 others .* a.input_quantizer"):
+    masked(backend, x, mask, {"method": "max", "exclude_padding": True}, {"num_bits": 8, "axis": -1})
+
+
+def masked(backend, x, mask, algorithm, attributes=None):
   import flax.linen as nn
   import jax
   import jax.numpy as jnp
@@ -158,13 +172,13 @@ def masked(backend, x, mask, algorithm):
     def __call__(self, x, attention_mask=None):
       return nn.Dense(8, name="a")(x)
 
-  inputs = {"*input_quantizer": {"num_bits": 8}}
+  inputs = {"*input_quantizer": attributes or {"num_bits": 8}}
   if backend == "torch":
     found = quantize_torch(Torch(), inputs, algorithm, lambda m: m(torch.from_numpy(x), attention_mask=torch.from_numpy(mask)))
   else:
     variables = Flax().init(jax.random.key(0), jnp.asarray(x))
     found = quantize_jax(Flax(), variables, inputs, algorithm, lambda m: m(jnp.asarray(x), attention_mask=jnp.asarray(mask)))
-  return float(found["a.input_quantizer"].amax)
+  return float(np.max(np.asarray(found["a.input_quantizer"].amax)))
 
 
 @pytest.fixture(scope="module")
