@@ -1,0 +1,445 @@
+"""The compressed-tensors layout: what transformers and vLLM read. A plan per layer, the configuration, and the way back.
+
+Scales of NVFP4 tensors are stored as their reciprocals (`weight_global_scale`, `input_global_scale`); since 1 / fl(1 / s) need not be s,
+the exact scale stands in the file's metadata, which clients ignore.
+
+References: github.com/vllm-project/compressed-tensors, release 0.20 (src/compressed_tensors/compressors, .../quantization).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from core import formats
+from core.bits import divide
+from core.export import packing
+from core.export.layout import Get, Planned, Stored, divides, expect_keys, need, scalar
+from core.export.safetensors_file import Entry
+from core.export.source import Granularity, Refusal, Stage, Subject, granularity, input_scales
+from core.formats import FloatFormat, IntFormat
+from core.quantize import QuantizedTensor
+from core.spec import QuantSpec
+
+NAME = "compressed-tensors"
+_E4M3, _U8 = "torch.float8_e4m3fn", "torch.uint8"
+_MX = {"E4M3": ("mxfp8-quantized", 8), "E2M3": ("mxfp6-pack-quantized", 6), "E2M1": ("mxfp4-pack-quantized", 4)}
+WORD_BITS = (2, 4, 8)  # 3, 5, 6 and 7 bits are packed differently by different releases
+
+
+def reciprocal(scale: np.ndarray) -> np.ndarray:
+  """Correctly rounded 1 / scale, [1] float32: how tensor scales are stored."""
+  scale = np.asarray(scale, np.float32).reshape(1)
+  return np.asarray(divide(np.ones_like(scale), scale), np.float32)
+
+
+def _args(bits: int, kind: str, strategy: str, *, dynamic: Any = False, symmetric: bool = True, **more: Any) -> dict[str, Any]:
+  args = {"num_bits": bits, "type": kind, "symmetric": symmetric, "group_size": None, "strategy": strategy, "dynamic": dynamic}
+  return args | {key: value for key, value in more.items() if value is not None}
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------------------
+
+
+def plan(subject: Subject) -> Planned:
+  """How a layer is written.
+
+  Raises:
+    Refusal: the layout, or the clients that read it, cannot express it.
+  """
+  if subject.scale is not None:
+    raise Refusal(
+      "it has a pre_quant_scale, for which this layout has no place; fold it before exporting: "
+      "calibrate(model, 'fold_pre_quant_scale', forward_loop), or the algorithm list [..., 'fold_pre_quant_scale'] "
+      "(AWQ with shared=True; scales that cannot be folded stay)"
+    )
+  if subject.low_rank is not None:
+    raise Refusal("it has a low-rank branch (SVDQuant)")
+  if len(subject.weights) > 1:
+    raise Refusal(f"its weight passes {len(subject.weights)} formats in sequence ({_names(subject.weights)})")
+  inputs = input_args(subject.inputs)
+  weights = _weight(subject, inputs)
+  extra, values = _input_tensors(subject.inputs)
+  scheme = {"weights": weights.scheme["weights"], "input_activations": inputs, "format": weights.scheme["format"]}
+
+  def make(q: QuantizedTensor) -> dict[str, np.ndarray]:
+    return weights.make(q) | values
+
+  return Planned(scheme, weights.entries | extra, make, weights.tensor_scale)
+
+
+def _names(stages: tuple[Stage, ...]) -> str:
+  return ", ".join(stage.config.describe() for stage in stages)
+
+
+def _weight(subject: Subject, inputs: dict[str, Any] | None) -> Planned:
+  spec = subject.spec
+  if spec.is_mx:
+    return _mx(subject)
+  if spec.two_level:
+    return _nvfp4(subject)
+  if spec.scale_format == formats.UINT8:
+    raise Refusal("its scales are quantized themselves")
+  if isinstance(spec.element, IntFormat):
+    return _integer(subject, inputs)
+  if spec.element == formats.E4M3:
+    return _float8(subject)
+  raise Refusal(f"there is no {spec.element.name} weight with {'float16' if spec.scale_format else 'float32'} scales")
+
+
+def _strategy(subject: Subject) -> tuple[Granularity, dict[str, Any], tuple[int, ...]]:
+  """Granularity, the arguments that name it, and the shape of the stored scale."""
+  g, (outputs, columns) = granularity(subject.spec), subject.shape
+  if g.kind == "tensor":
+    return g, {"strategy": "tensor"}, (1,)
+  if g.kind == "channel":
+    return g, {"strategy": "channel"}, (outputs, 1)
+  if g.kind == "group":
+    divides(subject.shape, g.size[0])
+    return g, {"strategy": "group", "group_size": g.size[0]}, (outputs, columns // g.size[0])
+  if g.kind == "block":
+    divides(subject.shape, g.size[1])
+    return g, {"strategy": "block", "block_structure": list(g.size)}, (-(-outputs // g.size[0]), columns // g.size[1])
+  raise Refusal(f"scales of {subject.weights[0].config.describe()} are shared by no tensor, channel, group or block")
+
+
+def _integer(subject: Subject, inputs: dict[str, Any] | None) -> Planned:
+  spec, element = subject.spec, subject.spec.element
+  assert isinstance(element, IntFormat)
+  g, named, shape = _strategy(subject)
+  if not element.signed:
+    raise Refusal(f"its codes are unsigned ({element.name}); clients read signed ones")
+  packed = inputs is None or inputs["type"] == "float"
+  if packed and element.bits not in WORD_BITS:
+    raise Refusal(f"{element.bits}-bit codes are packed differently by different releases; use 2, 4 or 8 bits")
+  if spec.zero_point and not (packed and g.kind in ("channel", "group")):
+    raise Refusal("asymmetric weights are read only packed (without a quantized input), with a scale per channel or group")
+  args = _args(element.bits, "int", **named, symmetric=not spec.zero_point)
+  kind = "F16" if spec.scale_format is not None else "F32"
+  entries = {"weight_scale": Entry(kind, shape)}
+  outputs, columns = subject.shape
+  if packed:
+    entries |= {
+      "weight_packed": Entry("I32", (outputs, -(-columns * element.bits // 32))),
+      "weight_shape": Entry("I64", (2,)),
+    }
+    if spec.zero_point:
+      entries["weight_zero_point"] = Entry("I32", (-(-outputs * element.bits // 32), shape[1]))
+  else:
+    entries["weight"] = Entry("I8", subject.shape)
+
+  def make(q: QuantizedTensor) -> dict[str, np.ndarray]:
+    made = {"weight_scale": np.asarray(q.scale, np.float16 if kind == "F16" else np.float32).reshape(shape)}
+    if not packed:
+      return made | {"weight": q.codes}
+    made |= {"weight_packed": packing.pack_words(q.codes, element.bits), "weight_shape": np.asarray(subject.shape, np.int64)}
+    if q.zero_point is not None:
+      made["weight_zero_point"] = packing.pack_zero_points(np.asarray(q.zero_point).reshape(shape), element.bits)
+    return made
+
+  return Planned({"weights": args, "format": "pack-quantized" if packed else "int-quantized"}, entries, make)
+
+
+def _float8(subject: Subject) -> Planned:
+  _, named, shape = _strategy(subject)
+  kind = "F16" if subject.spec.scale_format is not None else "F32"
+  entries = {"weight": Entry("F8_E4M3", subject.shape), "weight_scale": Entry(kind, shape)}
+
+  def make(q: QuantizedTensor) -> dict[str, np.ndarray]:
+    return {"weight": q.codes, "weight_scale": np.asarray(q.scale, np.float16 if kind == "F16" else np.float32).reshape(shape)}
+
+  return Planned({"weights": _args(8, "float", **named), "format": "float-quantized"}, entries, make)
+
+
+def _mx(subject: Subject) -> Planned:
+  spec, (outputs, columns) = subject.spec, subject.shape
+  known = _MX.get(spec.element.name) if isinstance(spec.element, FloatFormat) else None
+  if known is None or granularity(spec) != Granularity("group", (32,)):
+    raise Refusal(f"{subject.weights[0].config.describe()} is none of the MX formats that clients read: E4M3, E2M3 or E2M1 in blocks of 32")
+  divides(subject.shape, 32)
+  form, bits = known
+  weight = Entry("F8_E4M3", subject.shape) if bits == 8 else Entry("U8", (outputs, columns * bits // 8))
+  suffix = "weight" if bits == 8 else "weight_packed"
+
+  def make(q: QuantizedTensor) -> dict[str, np.ndarray]:
+    return {suffix: q.codes if bits == 8 else packing.pack_codes(q.codes, bits), "weight_scale": q.scale}
+
+  args = _args(bits, "float", "group", group_size=32, scale_dtype=_U8)
+  return Planned({"weights": args, "format": form}, {suffix: weight, "weight_scale": Entry("U8", (outputs, columns // 32))}, make)
+
+
+def _nvfp4(subject: Subject) -> Planned:
+  spec, (outputs, columns) = subject.spec, subject.shape
+  if spec.element != formats.E2M1 or granularity(spec) != Granularity("group", (16,)):
+    raise Refusal(f"{subject.weights[0].config.describe()}: clients read two-level scales only of E2M1 in blocks of 16")
+  divides(subject.shape, 16)
+  entries = {
+    "weight_packed": Entry("U8", (outputs, columns // 2)),
+    "weight_scale": Entry("F8_E4M3", (outputs, columns // 16)),
+    "weight_global_scale": Entry("F32", (1,)),
+  }
+
+  def make(q: QuantizedTensor) -> dict[str, np.ndarray]:
+    return {
+      "weight_packed": packing.pack_codes(q.codes, 4),
+      "weight_scale": q.scale,
+      "weight_global_scale": reciprocal(np.asarray(q.tensor_scale)),
+    }
+
+  args = _args(4, "float", "tensor_group", group_size=16, scale_dtype=_E4M3)
+  return Planned({"weights": args, "format": "nvfp4-pack-quantized"}, entries, make, tensor_scale=True)
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------------------------
+
+
+def input_args(stages: tuple[Stage, ...]) -> dict[str, Any] | None:
+  """Arguments of a quantized input.
+
+  Raises:
+    Refusal: clients have no such activations.
+  """
+  if not stages:
+    return None
+  stage = stages[0]
+  if len(stages) > 1:
+    raise Refusal(f"its input passes {len(stages)} formats in sequence ({_names(stages)})")
+  spec = stage.spec
+  text = stage.config.describe()
+  if spec.zero_point or spec.four_over_six:
+    raise Refusal(f"inputs of {text} with {'a zero point' if spec.zero_point else 'four-over-six scales'} are computed by no client")
+  g = granularity(spec)
+  if spec.two_level or spec.is_mx:
+    return _block_input(spec, g, text)
+  integer = isinstance(spec.element, IntFormat)
+  if not (spec.element == formats.E4M3 or (isinstance(spec.element, IntFormat) and spec.element.signed)) or spec.scale_format is not None:
+    raise Refusal(f"inputs of {text} are computed by no client")
+  if spec.element_bound not in (spec.element.bound, 127.5):
+    raise Refusal(f"inputs of {text} with bound {spec.element_bound:g} are computed by no client")
+  kind = {"tensor": "tensor", "channel": "token", "group": "group"}.get(g.kind)
+  if kind is None or (kind != "tensor" and not spec.dynamic):
+    raise Refusal(f"inputs of {text} are not per tensor, nor dynamic per token or group")
+  args = _args(spec.element.bits, "int" if integer else "float", kind, dynamic=spec.dynamic)
+  return args | ({"group_size": g.size[0]} if g.size else {})
+
+
+def _block_input(spec: QuantSpec, g: Granularity, text: str) -> dict[str, Any]:
+  if spec.two_level and spec.dynamic and spec.element == formats.E2M1 and g == Granularity("group", (16,)):
+    return _args(4, "float", "tensor_group", group_size=16, dynamic="local", scale_dtype=_E4M3)
+  if spec.is_mx and isinstance(spec.element, FloatFormat) and spec.element.name in _MX and g == Granularity("group", (32,)):
+    return _args(_MX[spec.element.name][1], "float", "group", group_size=32, dynamic=True, scale_dtype=_U8)
+  raise Refusal(f"inputs of {text} are computed by no client")
+
+
+def _input_tensors(stages: tuple[Stage, ...]) -> tuple[dict[str, Entry], dict[str, np.ndarray]]:
+  if not stages:
+    return {}, {}
+  spec = stages[0].spec
+  if spec.two_level:
+    return {"input_global_scale": Entry("F32", (1,))}, {"input_global_scale": reciprocal(input_scales(stages[0]))}
+  if spec.dynamic:
+    return {}, {}
+  return {"input_scale": Entry("F32", (1,))}, {"input_scale": input_scales(stages[0]).reshape(1)}
+
+
+def cache_args(stage: Stage) -> tuple[dict[str, Any], str]:
+  """(arguments of a key/value cache, its name in summaries).
+
+  Raises:
+    Refusal: clients have no such cache.
+  """
+  spec = stage.spec
+  if spec.element != formats.E4M3 or granularity(spec).kind != "tensor" or spec.dynamic or stage.config.bias or stage.config.rotate:
+    raise Refusal(f"a key/value cache of {stage.config.describe()}; clients have FP8 with one static scale")
+  return _args(8, "float", "tensor"), "FP8"
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------------------
+
+
+def config(plans: dict[str, Planned], unquantized: list[str], tables: list[str], cache: dict[str, Any] | None) -> dict[str, Any]:
+  """`quantization_config` of config.json.
+
+  Args:
+    plans: layer -> plan.
+    unquantized: layers that stay float and might be taken for quantized ones.
+    tables: quantized embeddings.
+    cache: arguments of the key/value cache, or None.
+  """
+  groups: list[tuple[dict[str, Any], list[str]]] = []
+  for name, planned in plans.items():
+    members = next((members for scheme, members in groups if scheme == planned.scheme), None)
+    if members is None:
+      groups.append((planned.scheme, [name]))
+    else:
+      members.append(name)
+  found = {}
+  for i, (scheme, members) in enumerate(groups):
+    targets = ["Linear"] if len(groups) == 1 and not tables else members
+    found[f"group_{i}"] = {"targets": targets, **scheme, "output_activations": None}
+  forms = sorted({scheme["format"] for scheme, _ in groups})
+  return {
+    "quant_method": NAME,
+    "format": forms[0] if len(forms) == 1 else "mixed-precision",
+    "quantization_status": "compressed",
+    "ignore": unquantized,
+    "config_groups": found,
+    "kv_cache_scheme": cache,
+    "global_compression_ratio": None,
+  }
+
+
+# -- the way back ------------------------------------------------------------------------------------------------------------------
+
+
+def scheme_of(settings: dict[str, Any], name: str) -> dict[str, Any]:
+  """The scheme of a layer: by its name, else by a pattern, else by its class, as clients look it up.
+
+  Raises:
+    ValueError: no group has it, or the layer is to be ignored.
+  """
+  ignored = settings.get("ignore") or []
+  groups = expect_keys("quantization_config", settings, ("config_groups", "format"))["config_groups"]
+  if not isinstance(groups, dict) or not isinstance(ignored, list):
+    raise ValueError("quantization_config: config_groups must be an object and ignore a list")
+  if any(_hits(target, name) for target in ignored):
+    raise ValueError(f"{name} has quantized tensors and is on the list of ignored layers")
+  by_rank: list[dict[str, Any]] = []
+  for rank in (0, 1, 2):
+    for group in groups.values():
+      targets = expect_keys("a config group", group, ("targets", "weights"))["targets"]
+      if isinstance(targets, list) and any(_rank(target, name) == rank for target in targets):
+        by_rank.append(group)
+  if not by_rank:
+    raise ValueError(f"{name} has quantized tensors and belongs to no config group")
+  return {"format": settings["format"]} | {key: value for key, value in by_rank[0].items() if value is not None}
+
+
+def _hits(target: Any, name: str) -> bool:
+  if not isinstance(target, str):
+    raise ValueError(f"target {target!r} of quantization_config is no string")
+  if not target.startswith("re:"):
+    return target == name
+  try:
+    return re.match(target[3:], name) is not None
+  except re.error as error:
+    raise ValueError(f"target {target!r} is no pattern ({error})") from error
+
+
+def _rank(target: Any, name: str) -> int:
+  if _hits(target, name):
+    return 1 if target.startswith("re:") else 0
+  return 2 if target in ("Linear", "Embedding") else 3
+
+
+def weight_spec(scheme: dict[str, Any], name: str) -> QuantSpec:
+  """The specification that decodes a layer.
+
+  Raises:
+    ValueError: the scheme is not understood.
+  """
+  args = expect_keys(f"weights of {name}", scheme.get("weights"), ("num_bits", "type", "strategy"))
+  form, bits, size = scheme["format"], args["num_bits"], args.get("group_size")
+  if form in ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized"):
+    key = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4", "mxfp6-pack-quantized": "mxfp6_e2m3"}.get(form, "mxfp8_e4m3")
+    spec = QuantSpec.named(key)
+    if spec.blocks != ((-1, size),):
+      raise ValueError(f"{name}: {form} with group_size {size!r}; {dict(spec.blocks or ())[-1]} is needed")
+    return spec
+  if args["type"] == "int" and form in ("pack-quantized", "int-quantized") and type(bits) is int and 2 <= bits <= 8:
+    element: Any = formats.int_format(bits)
+  elif args["type"] == "float" and bits == 8 and form in ("float-quantized", "naive-quantized"):
+    element = formats.E4M3
+  else:
+    raise ValueError(f"{name}: {bits!r} bits of type {args['type']!r} in format {form!r} are not understood")
+  return QuantSpec(element, **_granular(args, name), zero_point=args.get("symmetric") is False, pad=True)
+
+
+def _granular(args: Any, name: str) -> dict[str, Any]:
+  strategy, size, block = args["strategy"], args.get("group_size"), args.get("block_structure")
+  if strategy == "tensor":
+    return {}
+  if strategy == "channel":
+    return {"axis": (0,)}
+  if strategy == "group" and type(size) is int and size > 0:
+    return {"blocks": ((-1, size),)}
+  if strategy == "block" and isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
+    return {"blocks": ((-2, block[0]), (-1, block[1]))}
+  raise ValueError(f"{name}: strategy {strategy!r} with group_size {size!r} and block_structure {block!r} is not understood")
+
+
+def read(scheme: dict[str, Any], name: str, get: Get, exact: dict[str, np.ndarray]) -> Stored:
+  """A layer from its tensors.
+
+  Args:
+    scheme: `scheme_of`.
+    name: of the layer.
+    get: its tensors.
+    exact: tensor scales from the files' metadata, by layer.
+
+  Raises:
+    ValueError: a tensor is missing, has another shape, or contradicts another one.
+  """
+  spec = weight_spec(scheme, name)
+  codes, zero_point = _codes(spec, scheme["format"], name, get)
+  shape = codes.shape
+  from core import blocks  # the tiling knows every scale's shape
+
+  tiling = blocks.tiling(shape, spec)
+  held = need(get, name, "weight_scale")
+  if held.size != np.prod(tiling.scales, dtype=np.int64):
+    raise ValueError(f"{name}.weight_scale has shape {list(held.shape)}; {list(tiling.scales)} was expected")
+  scale = held.reshape(tiling.scales)
+  narrow = spec.is_mx or spec.two_level
+  if (held.dtype == np.uint8) != narrow:
+    raise ValueError(f"{name}.weight_scale is {held.dtype}; {'8-bit codes' if narrow else 'floating point scales'} were expected")
+  scale = scale if narrow else scale.astype(np.float32)
+  tensor_scale = _tensor_scale(name, get, exact) if spec.two_level else None
+  if zero_point is not None:
+    zero_point = zero_point.reshape(tiling.scales)
+  inputs = scalar(get, name, "input_scale")
+  if inputs is None:
+    stored = scalar(get, name, "input_global_scale")
+    inputs = None if stored is None else reciprocal(stored).reshape(())
+  return Stored(QuantizedTensor(codes, scale, tensor_scale, zero_point, spec, shape), input_scale=inputs)
+
+
+def _codes(spec: QuantSpec, form: str, name: str, get: Get) -> tuple[np.ndarray, np.ndarray | None]:
+  bits = spec.element.bits
+  if form == "pack-quantized":
+    shape = need(get, name, "weight_shape", (2,))
+    packed = need(get, name, "weight_packed")
+    outputs, columns = (int(n) for n in shape)
+    if packed.dtype != np.int32 or packed.ndim != 2 or packed.shape[0] != outputs or packed.shape[1] != -(-columns * bits // 32):
+      raise ValueError(
+        f"{name}.weight_packed is {packed.dtype} {list(packed.shape)}, which does not hold {[outputs, columns]} codes of {bits} bits"
+      )
+    codes = packing.unpack_words(packed, bits, columns)
+    if not spec.zero_point:
+      return codes, None
+    points = need(get, name, "weight_zero_point")
+    if points.dtype != np.int32 or points.ndim != 2:
+      raise ValueError(f"{name}.weight_zero_point is {points.dtype} {list(points.shape)}; int32 words of two axes were expected")
+    return codes, packing.unpack_zero_points(points, bits, outputs)
+  plain = form in ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
+  held = need(get, name, "weight" if plain else "weight_packed")
+  wanted = np.int8 if isinstance(spec.element, IntFormat) else np.uint8
+  if held.ndim != 2 or held.dtype != wanted:
+    raise ValueError(f"{name}: the weight is {held.dtype} {list(held.shape)}; two axes of {np.dtype(wanted)} were expected")
+  return (held, None) if plain else (packing.unpack_codes(held, bits, held.shape[1] * 8 // bits), None)
+
+
+def _tensor_scale(name: str, get: Get, exact: dict[str, np.ndarray]) -> np.ndarray:
+  stored = scalar(get, name, "weight_global_scale")
+  if stored is None:
+    raise ValueError(f"{name} has no tensor 'weight_global_scale'")
+  known = exact.get(name)
+  if known is None:
+    return reciprocal(stored).reshape(())
+  if reciprocal(known).tobytes() != stored.tobytes():
+    raise ValueError(
+      f"{name}.weight_global_scale is {float(stored)!r}; the reciprocal of the scale in the metadata, {float(known)!r}, was expected"
+    )
+  return known
