@@ -113,7 +113,7 @@ def gradients(
     raise errors.loss_is_not_finite(number, float(value))
   # Stacked copies are one layer: their sums add up.
   sums = [np.asarray(one, np.float64).reshape(-1, one.shape[-1]).sum(axis=0) for one in found]
-  for layer, one in zip(reversed(choices), reversed(sums), strict=True):  # what is not finite behind a layer is so before it
+  for layer, one in reversed(list(zip(choices, sums, strict=True))):  # what is not finite behind a layer is so before it
     if one[NONFINITE]:
       raise errors.gradient_is_not_finite(number, layer, int(one[NONFINITE]), int(one[TOTAL]))
   if not any(one[SQUARES] for one in sums):
@@ -160,7 +160,7 @@ def divergences(
 
 
 def _logits(output: Any) -> Any:
-  found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+  found: Any = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
   if not (hasattr(found, "dtype") and jnp.ndim(found) and jnp.issubdtype(found.dtype, jnp.floating)):
     raise errors.no_logits(type(output).__name__)
   return found.reshape(-1, found.shape[-1])
@@ -190,11 +190,7 @@ def traces(
   places: tuple[Path, ...],
   probes: Iterable[Sequence[Any]],
 ) -> dict[str, float]:
-  """`SearchHost.hessian_traces`: one derivative of the gradient along each probe.
-
-  Args:
-    probes: per probe and layer, the vector in the stored layout.
-  """
+  """`SearchHost.hessian_traces`: one derivative of the gradient along each probe, whose vectors come layer by layer as they are stored."""
   weights = [meta.unbox(tree.lookup(variables["params"], path)) for path in places]
 
   def loss_of(values: Any) -> Any:
@@ -214,7 +210,7 @@ def _check_gradient(number: int, layers: Sequence[str], value: float, gradient: 
   if not np.isfinite(value):
     raise errors.loss_is_not_finite(number, value)
   counts = [int(jnp.sum(~jnp.isfinite(g))) for g in gradient]
-  for layer, g, count in zip(reversed(layers), reversed(gradient), reversed(counts), strict=True):
+  for layer, g, count in reversed(list(zip(layers, gradient, counts, strict=True))):
     if count:
       raise errors.gradient_is_not_finite(number, layer, count, g.size)
   if not any(bool((g != 0).any()) for g in gradient):

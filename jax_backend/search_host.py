@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ from flax.core import meta
 
 from core.config.matching import canonical_name
 from core.search.host import Choices, Scores, SearchLayer
-from jax_backend import candidates, layouts, scores, tree
+from jax_backend import candidates, discover, layouts, scores, tree
 from jax_backend.apply import QuantModule
 from jax_backend.calibrate import Shapes
 from jax_backend.candidates import Searched, Variant
@@ -43,14 +43,19 @@ class JaxSearchHost:
 
   Args:
     module, variables: the float model.
-    batches: calibration batches; the first one finds the layers.
+    batches: of calibration, gone through anew each time; the first one finds the layers. None: there are no data, only weights.
     step: the user's functions.
     group_rules: of `quantize`.
+
+  Raises:
+    ValueError: there is no batch, or forward_step does not call the model.
   """
 
   backend = "jax"
 
-  def __init__(self, module: nn.Module, variables: Mapping[str, Any], batches: Sequence[Any], step: Step, group_rules: Any = None) -> None:
+  def __init__(
+    self, module: nn.Module, variables: Mapping[str, Any], batches: Callable[[], Iterator[Any]] | None, step: Step, group_rules: Any = None
+  ) -> None:
     self.module = module
     self.variables = {name: value for name, value in variables.items() if name != "quant"}
     self._batches = batches
@@ -61,12 +66,34 @@ class JaxSearchHost:
     self.result: tuple[QuantModule, dict[str, Any]] | None = None
 
   def _loop(self, model: Any) -> None:
-    for batch in self._batches:
+    for batch in () if self._batches is None else self._batches():
       self._step.forward(model, batch)
 
+  def _quantized(self, config: Mapping[str, Any], report: list[dict[str, Any]]) -> tuple[QuantModule, dict[str, Any]]:
+    loop = None if self._batches is None else self._loop
+    return quantize(self.module, self.variables, config, loop, group_rules=self._group_rules, report=report)
+
   def _find(self) -> dict[str, _Layer]:
-    if not self._batches:
-      raise ValueError("data_loader gave no batch; it must give at least one, so that the layers can be found")
+    layers: dict[str, _Layer] = {}
+    for one in self._traced():
+      names = one.kind.weight_names()
+      param = next((param for param in one.weights if names[param] == WEIGHT), None)
+      if param is None:
+        continue
+      layer = self._layer(one, param, tuple(names[p] for p in one.weights))
+      before = layers.setdefault(layer.seen.name, layer)
+      if before is not layer:
+        raise ValueError(
+          f"modules {'/'.join(before.path)!r} and {'/'.join(layer.path)!r} are both called {layer.seen.name!r} in torch's spelling, so "
+          "they cannot be given formats of their own; rename one of them"
+        )
+    return layers
+
+  def _traced(self) -> list[Found]:
+    """The modules, as one abstract call of the model finds them."""
+    if self._batches is None:
+      args = discover.guess_inputs(self.module, self.variables)
+      return discover.trace(self.module, self.variables, args, {}, rngs=None, method=None, mutable=False)
     found: dict[Path, Found] = {}
 
     def note(modules: list[Found]) -> dict[str, Any]:
@@ -75,17 +102,12 @@ class JaxSearchHost:
       return {}
 
     runner = Shapes(QuantModule(self.module), self.variables, note, collect=False)
-    self._step.forward(runner, self._batches[0])
-    if not runner.calls:
-      raise ValueError("forward_step(model, batch) did not call the model that it was given; call model(...) in it")
-    layers = {}
-    for one in found.values():
-      names = one.kind.weight_names()
-      param = next((param for param in one.weights if names[param] == WEIGHT), None)
-      if param is not None:
-        layer = self._layer(one, param, tuple(names[p] for p in one.weights))
-        layers[layer.seen.name] = layer
-    return layers
+    for batch in self._batches():
+      self._step.forward(runner, batch)
+      if not runner.calls:
+        raise ValueError("forward_step(model, batch) did not call the model that it was given; call model(...) in it")
+      return list(found.values())
+    raise ValueError("data_loader gave no batch, so the model's layers cannot be found; pass data, or use method 'sqnr' without a loader")
 
   def _layer(self, found: Found, param: str, weights: tuple[str, ...]) -> _Layer:
     parameter = meta.unbox(tree.lookup(self.variables["params"], (*found.path, param)))
@@ -114,7 +136,7 @@ class JaxSearchHost:
     return digest.hexdigest()
 
   def prepare(self, name: str, config: Mapping[str, Any], report: list[dict[str, Any]]) -> None:
-    _, held = quantize(self.module, self.variables, config, self._loop, group_rules=self._group_rules, report=report)
+    _, held = self._quantized(config, report)
     quantizers: dict[Path, dict[str, Any]] = {}
     for path, role, quantizer in tree.items(held["quant"]):
       quantizers.setdefault(path, {})[role] = quantizer
@@ -164,4 +186,4 @@ class JaxSearchHost:
     return found
 
   def finish(self, config: Mapping[str, Any], report: list[dict[str, Any]]) -> None:
-    self.result = quantize(self.module, self.variables, config, self._loop, group_rules=self._group_rules, report=report)
+    self.result = self._quantized(config, report)
