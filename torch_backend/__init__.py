@@ -11,9 +11,16 @@ from typing import Any
 
 from core.calibrate.report import print_calibration_report
 from core.config import DEFAULT_GROUPS, EXPERT_GROUPS, PRESETS, ConfigWarning, QuantizerConfig, choices, preset
+from core.search.groups import SEARCH_GROUPS
+from core.search.report import print_auto_quantize_summary
+from core.search.state import get_auto_quantize_config, pareto_front
+from torch_backend.auto_quantize import auto_quantize
 from torch_backend.calibrate import calibrate, max_calibrate, register_algorithm
+from torch_backend.compress import compress, compression_report, decompress, is_compressed, print_compression_report
 from torch_backend.convert import quantize
 from torch_backend.edit import disable_quantizer, enable_quantizer, set_quantizer_by_cfg
+from torch_backend.export import export
+from torch_backend.export_onnx import export_onnx
 from torch_backend.fold import fold_weight
 from torch_backend.modules import QuantInput, QuantModule, QuantWeight, register, unregister
 from torch_backend.names import is_quantized, quantizers
@@ -25,6 +32,7 @@ from torch_backend.weights import weight_quantization
 __all__ = [
   "DEFAULT_GROUPS",
   "EXPERT_GROUPS",
+  "SEARCH_GROUPS",
   "ConfigWarning",
   "QuantInput",
   "QuantModule",
@@ -32,15 +40,26 @@ __all__ = [
   "QuantizerConfig",
   "SequentialQuantizer",
   "TensorQuantizer",
+  "auto_quantize",
   "calibrate",
   "choices",
+  "compress",
+  "compression_report",
+  "decompress",
   "disable_quantizer",
   "enable_quantizer",
+  "export",
+  "export_onnx",
   "fold_weight",
+  "get_auto_quantize_config",
+  "is_compressed",
   "is_quantized",
   "max_calibrate",
+  "pareto_front",
   "preset",
+  "print_auto_quantize_summary",
   "print_calibration_report",
+  "print_compression_report",
   "print_quant_summary",
   "quantize",
   "quantizers",

@@ -32,9 +32,20 @@ def canonical_name(path: str) -> str:
   return _NUMBERED.sub(r".\1", path).replace("/", ".")
 
 
-@lru_cache(maxsize=262144)
+@lru_cache(maxsize=65536)
+def _without_glob(pattern: str) -> str | None:
+  """The canonical spelling of a pattern that names one thing; None where it holds a wildcard."""
+  return None if any(character in pattern for character in "*?[") else canonical_name(pattern)
+
+
 def matches_name(pattern: str, name: str) -> bool:
   """Whether a glob matches a quantizer name, either as spelled (with "." for "/") or both in canonical spelling. Case matters."""
+  exact = _without_glob(pattern)  # a configuration may hold a rule for each of many layers
+  return _matches_glob(pattern, name) if exact is None else canonical_name(name) == exact
+
+
+@lru_cache(maxsize=262144)
+def _matches_glob(pattern: str, name: str) -> bool:
   dotted, canonical = name.replace("/", "."), canonical_name(name)
   glob = pattern.replace("/", ".")
   return fnmatchcase(dotted, glob) or fnmatchcase(canonical, glob) or fnmatchcase(canonical, canonical_name(pattern))

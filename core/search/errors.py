@@ -50,3 +50,11 @@ def no_logits(kind: str) -> ValueError:
 def needs(method: str, what: str) -> ValueError:
   """An argument that a method cannot do without."""
   return ValueError(f"method {method!r} needs {what}; give it, or use method 'sqnr', which needs no data")
+
+
+def input_changed(layer: str) -> ValueError:
+  """What a layer read was overwritten before its gradient came."""
+  return ValueError(
+    f"the input of {layer!r} is overwritten in place by the model after the layer has read it, so its quantized output cannot be computed "
+    "in the backward pass; make that operation out of place, or use method 'kl_div'"
+  )

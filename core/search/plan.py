@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ class Plan:
   counting: Counting
   tables: dict[str, Table]
 
-  @property
+  @functools.cached_property
   def by_name(self) -> dict[str, SearchLayer]:
     return {layer.name: layer for layer in self.layers}
 
@@ -61,10 +62,20 @@ class Plan:
     layers = self.by_name
 
     def bits(name: str, choice: str) -> float:
-      one = self.formats.get(choice) or Format(NONE, None)
-      return costs.stored_bits(layers[name], one, self.counting) * (self.counting.weight(layers[name]) if counted else 1.0)
+      return self._bits[name, choice] * (self.counting.weight(layers[name]) if counted else 1.0)
 
     return {g: {f: math.fsum(bits(m, f) for m in self.groups[g]) for f in self.choices[g]} for g in self.groups}
+
+  @functools.cached_property
+  def _bits(self) -> dict[tuple[str, str], float]:
+    """Bits of every layer in every format of its group, all copies together."""
+    unquantized, layers = Format(NONE, None), self.by_name
+    return {
+      (member, choice): costs.stored_bits(layers[member], self.formats.get(choice, unquantized), self.counting)
+      for group, members in self.groups.items()
+      for member in members
+      for choice in self.choices[group]
+    }
 
   def weights(self) -> dict[str, float]:
     """Group -> number of weights, with the cost model's factors."""
