@@ -47,7 +47,7 @@ def quantize(
     ValueError: the configuration is wrong or quantizes nothing, the calibration data hold NaN or infinity, or the layers cannot be found.
     TypeError: module is no linen module, variables no mapping, or forward_loop no function.
   """
-  _check(module, variables)
+  check_module(module, variables)
   plan = rules.normalize(config)
   group_rules = group_rules if group_rules is None or isinstance(group_rules, str) else tuple(group_rules)
   plain = {name: value for name, value in variables.items() if name != "quant"}
@@ -70,7 +70,7 @@ def quantize(
   return qmodule, run(qmodule, {**plain, "quant": create(found)}, plan.algorithm, forward_loop, report)
 
 
-def _check(module: Any, variables: Any) -> None:
+def check_module(module: Any, variables: Any) -> None:
   if not isinstance(module, nn.Module):
     raise TypeError(f"quantize takes a flax.linen.Module, got {type(module).__name__}")
   if not isinstance(variables, Mapping):

@@ -14,13 +14,13 @@ from flax.core import meta
 
 from core.config.matching import canonical_name
 from core.search.host import Choices, Scores, SearchLayer
-from jax_backend import candidates, discover, layouts, scores, tree
+from jax_backend import candidates, discover, layouts, search_scores, tree
 from jax_backend.apply import QuantModule
 from jax_backend.calibrate import Shapes
 from jax_backend.candidates import Searched, Variant
 from jax_backend.convert import quantize
 from jax_backend.discover import Found
-from jax_backend.scores import Step
+from jax_backend.search_scores import Step
 from jax_backend.tree import Path
 
 WEIGHT = "weight_quantizer"
@@ -114,7 +114,8 @@ class JaxSearchHost:
     layout = found.weights[param]
     own = [n for i, n in enumerate(parameter.shape) if i not in found.stack]
     shape = tuple(math.prod(own[axis] for axis in axes) for axes in layout.of(len(own)))
-    inputs, outputs = ("input_quantizer",) * (found.input is not None), ("output_quantizer",) * (found.output is not None)
+    takes = found.input is not None and "nn.Embedding" not in found.parent_classes  # a table's input is indices
+    inputs, outputs = ("input_quantizer",) * takes, ("output_quantizer",) * (found.output is not None)
     seen = SearchLayer(
       name=canonical_name("/".join(found.path)),
       shape=shape,
@@ -156,16 +157,16 @@ class JaxSearchHost:
     return found
 
   def gradient_scores(self, number: int, batch: Any, choices: Choices) -> Scores:
-    return scores.gradients(self.module, self.variables, self._step, number, batch, choices, self._searched(choices))
+    return search_scores.gradients(self.module, self.variables, self._step, number, batch, choices, self._searched(choices))
 
   def kl_scores(self, number: int, batch: Any, choices: Choices, groups: Mapping[str, Sequence[str]]) -> Scores:
-    return scores.divergences(self.module, self.variables, self._step, number, batch, choices, self._searched(choices), groups)
+    return search_scores.divergences(self.module, self.variables, self._step, number, batch, choices, self._searched(choices), groups)
 
   def hessian_traces(self, number: int, batch: Any, layers: Sequence[str], probes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     wheres = [self._layers[name] for name in layers]
     places = tuple((*where.path, where.param) for where in wheres)
     stored = ([self._stored(where, probe[name]()) for name, where in zip(layers, wheres, strict=True)] for probe in probes)
-    return scores.traces(self.module, self.variables, self._step, number, batch, layers, places, stored)
+    return search_scores.traces(self.module, self.variables, self._step, number, batch, layers, places, stored)
 
   def _stored(self, where: _Layer, vector: np.ndarray) -> Any:
     """A vector [copies, *shape] or [*shape] in torch's layout as the layer's parameter is stored."""

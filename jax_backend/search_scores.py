@@ -171,11 +171,12 @@ def _divergence(p: Any, q: Any) -> Any:
   """KL(p || q) of logits [T, V] in nats, [T] float32; every summand p (q/p - 1 - ln(q/p)) is non-negative, so none cancels another."""
 
   def one(rows: tuple[Any, Any]) -> Any:
-    log_p, log_q = (jax.nn.log_softmax(row.astype(jnp.float32)) for row in rows)
-    ratio = log_q - log_p
-    # The difference cancels where the ratio is small; its series does not.
-    near = ratio * ratio * (0.5 + ratio * (1 / 6 + ratio / 24))
-    return jnp.sum(jnp.exp(log_p) * jnp.where(jnp.abs(ratio) < 0.03, near, jnp.expm1(ratio) - ratio))
+    x, y = (row.astype(jnp.float32) for row in rows)
+    norm = jax.nn.logsumexp(x)
+    ratio = (y - x) - (jax.nn.logsumexp(y) - norm)  # logits that are close to each other are subtracted exactly
+    # expm1(ratio) - ratio cancels where the ratio is small; its series does not.
+    near = ratio * ratio * (0.5 + ratio * (1 / 6 + ratio * (1 / 24 + ratio / 120)))
+    return jnp.sum(jnp.exp(x - norm) * jnp.where(jnp.abs(ratio) < 0.05, near, jnp.expm1(ratio) - ratio))
 
   return jax.lax.map(one, (p, q), batch_size=POSITIONS)
 
