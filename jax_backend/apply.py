@@ -19,9 +19,11 @@ class QuantModule:
 
   Attributes:
     module: the user's module, unchanged.
+    config: the quantization config as it was given, for `save`; no part of what two modules are compared by.
   """
 
   module: nn.Module
+  config: Any = dataclasses.field(default=None, compare=False, repr=False)
 
   def apply(
     self,

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 
 from core.config import rules
+from core.state import as_given
 from jax_backend import discover, edit, groups, tree
 from jax_backend.apply import QuantModule
 from jax_backend.calibrate import ForwardLoop, run
@@ -51,7 +52,7 @@ def quantize(
   plan = rules.normalize(config)
   group_rules = group_rules if group_rules is None or isinstance(group_rules, str) else tuple(group_rules)
   plain = {name: value for name, value in variables.items() if name != "quant"}
-  qmodule = QuantModule(module)
+  qmodule = QuantModule(module, as_given(config))
   checked = False
 
   def create(found: list[Found]) -> dict[str, Any]:

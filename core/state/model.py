@@ -1,0 +1,75 @@
+"""What a saved model consists of, in neither framework: tensors by torch's dotted names and layout, and what every quantizer is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from core.config.schema import QuantizerConfig
+from core.state.tensors import Tensor
+
+# What a quantizer does with its input: quantize it; let it pass although it is on; off; off because the tensor holds quantized values.
+MODES = ("quantize", "pass", "off", "folded")
+FIELDS = ("amax", "tensor_amax", "pre_quant_scale", "bias", "low_rank_a", "low_rank_b")
+STATISTICS = FIELDS[:4]  # always float32; the low-rank factors are parameters and may have the model's type
+BACKENDS = ("torch", "jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One quantizer; of a sequence, one of its members.
+
+  Attributes:
+    config: what it is told.
+    mode: one of `MODES`.
+    group: key that siblings share, or None.
+    tensors: some of `FIELDS`; amax and bias as `core.amax` shapes them for the torch tensor.
+    own_tensor_amax: tensor-level amax before siblings shared theirs, or None.
+    key: counter of stochastic rounding in torch, two int32, or None.
+  """
+
+  config: QuantizerConfig
+  mode: str
+  group: str | None = None
+  tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+  own_tensor_amax: float | None = None
+  key: tuple[int, int] | None = None
+
+  @property
+  def matters(self) -> bool:
+    """Whether a model without this quantizer would compute something else."""
+    held = set(self.tensors)
+    return self.mode in ("quantize", "pass") or bool(held - {"amax", "tensor_amax", "bias"}) or (self.turns and self.mode != "folded")
+
+  @property
+  def turns(self) -> bool:
+    return self.config.rotate is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+  """A quantized model.
+
+  Attributes:
+    backend: which one saved it.
+    tensors: parameters and buffers by name, weights of quantized layers as their quantizers see them: [out, in], OIHW.
+    quantizers: name -> one leaf, or the members of a sequence.
+    tied: name of a parameter -> the name under which the very same parameter is in `tensors`.
+    config: the quantization config as it was given, or None.
+    metadata: whatever the caller wanted to keep, of values that JSON can hold.
+    versions: package -> version, of whoever saved it.
+  """
+
+  backend: str
+  tensors: Mapping[str, Tensor]
+  quantizers: Mapping[str, tuple[Leaf, ...]]
+  tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  config: Any = None
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def tensor_name(quantizer: str, place: int, count: int, field: str) -> str:
+  """Name of a quantizer's tensor in the files: "<quantizer>.amax", of a sequence "<quantizer>.1.amax"."""
+  return f"{quantizer}.{field}" if count == 1 else f"{quantizer}.{place}.{field}"
