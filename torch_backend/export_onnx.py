@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import core
+from core import hadamard
 from core.export.onnx_model import finish, write
 from core.export.onnx_packages import package
 from core.export.onnx_piece import DOMAIN, PLACEHOLDER, OnnxOptions, Piece
@@ -137,6 +138,7 @@ def placeholders(model: nn.Module) -> Iterator[dict[str, Piece]]:
       amax, tensor_amax = (None if t is None else _numpy(t) for t in (quantizer.amax, quantizer._tensor_amax))
       pieces[name] = Piece(name, quantizer.spec, amax, tensor_amax)
       object.__setattr__(quantizer, "_fake_quantize", functools.partial(_traced, name))
+      object.__setattr__(quantizer, "from_codes", functools.partial(_traced_codes, name, quantizer))
     for module in weights:
       name, first = held.get(id(tensor_quantizers(module.weight_quantizer)[0]), ("", None))
       if first is not None:
@@ -144,7 +146,8 @@ def placeholders(model: nn.Module) -> Iterator[dict[str, Piece]]:
     yield pieces
   finally:
     for _, quantizer in held.values():
-      quantizer.__dict__.pop("_fake_quantize", None)
+      for hook in ("_fake_quantize", "from_codes"):
+        quantizer.__dict__.pop(hook, None)
     for module in weights:
       module.drop_kept_weight()
 
@@ -162,8 +165,20 @@ def _traced(name: str, x: Tensor) -> Tensor:
   return torch.ops.twinquant.onnx_quantizer(x, name)
 
 
+def _traced_codes(name: str, quantizer: TensorQuantizer, packed: core.PackedTensor, offset: Tensor | None, like: Tensor) -> Tensor:
+  """`TensorQuantizer.from_codes` of a compressed weight, which the placeholder stands for."""
+  y = _traced(name, torch.zeros(packed.shape, dtype=torch.float32, device=like.device))
+  if offset is not None:
+    y = y + offset
+  if quantizer._rotates_back:
+    y = hadamard.unrotate(y, quantizer._rotation.block_size, quantizer._rotation.seed)
+  return core.cast_saturating(y, like)
+
+
 def _stored(module: QuantWeight, first: TensorQuantizer) -> core.QuantizedTensor:
-  """Codes and scales of a weight: what its first quantizer makes of it."""
+  """Codes and scales of a weight: what its first quantizer makes of it, or holds of a compressed one."""
+  if module.packed_weight is not None:
+    return module.packed_weight.quantized()
   seen: list[Tensor] = []
 
   def see(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 from core.export.onnx_activation import fake_quantized
 from core.export.onnx_builder import Builder
+from core.export.onnx_cleanup import clean
 from core.export.onnx_packages import package
 from core.export.onnx_piece import DOMAIN, PLACEHOLDER, OnnxOptions, Piece
 from core.export.onnx_weight import dequantized
@@ -44,6 +45,7 @@ def finish(model: Any, pieces: Mapping[str, Piece], options: OnnxOptions) -> Non
       b = Builder(model.graph, constants, name, uses[name])
       uses[name] += 1
       _replace(ir, b, node, pieces[name], options)
+  clean(model)
   model.opset_imports.pop(DOMAIN, None)
   model.opset_imports[""] = options.opset
   passes = ir.passes.common
