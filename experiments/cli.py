@@ -94,7 +94,7 @@ def main(options: type, run: Callable[[Any], int]) -> None:
       raise app.UsageError(f"unexpected argument {argv[1]!r}; every option is a flag, --name=value")
     try:
       return run(from_flags(options, flags.FLAGS))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
       print(f"error: {error}", file=sys.stderr)
       return 2
 

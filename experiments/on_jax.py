@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +23,11 @@ from jax_backend.capture import observing
 
 def _result(output: Any) -> jax.Array:
   return getattr(output, "last_hidden_state", output)
+
+
+def _next_token_loss(logits: jax.Array, ids: Any) -> jax.Array:
+  chosen = jax.nn.log_softmax(logits[:, :-1])
+  return -jnp.take_along_axis(chosen, jnp.asarray(ids)[:, 1:, None], -1).mean()
 
 
 class Model:
@@ -47,6 +53,10 @@ class Model:
     module, variables, _ = models.load_jax(source, dtype)
     return cls(module, variables, jit)
 
+  def nbytes(self) -> int:
+    """Bytes of all parameters."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(self.variables["params"]))
+
   def __call__(self, ids: np.ndarray) -> np.ndarray:
     if self.jit:
       return np.asarray(self._compiled(self.variables, ids))
@@ -71,6 +81,13 @@ class Model:
 
     quantized = jax_backend.quantize(self.module, self.variables, config, loop, group_rules=group_rules, report=report)
     return Quantized(*quantized, self.jit)
+
+  def auto_quantize(self, batches: Sequence[np.ndarray], constraints: Mapping[str, Any], formats: Any, **options: Any) -> Any:
+    """As `on_torch.Model.auto_quantize`."""
+    steps = {"num_calib_steps": len(batches), "num_score_steps": len(batches), **options}
+    step = {"forward_step": lambda model, ids: _result(model(jnp.asarray(ids))), "loss_func": _next_token_loss}
+    quantized, state = jax_backend.auto_quantize(self.module, self.variables, constraints, formats, list(batches), **step, **steps)
+    return Quantized(*quantized, self.jit), state
 
   def _run(self, ids: np.ndarray) -> np.ndarray:
     return np.asarray(_result(self.module.apply(self.variables, jnp.asarray(ids))))
@@ -116,6 +133,10 @@ class Quantized(Model):
           raise ValueError(f"{tree.full_name(path, name)} belongs to a scanned stack; load the model with scan_layers=False to compare it")
         show = functools.partial(layouts.to_torch, layout=quantizer.layout)
         yield Weight(tree.full_name(path, name), show(weight), show(weights.quantized(quantizer, weight)), _leaves(quantizer))
+
+  def export(self, directory: str | Path, **options: Any) -> None:
+    """As `on_torch.Quantized.export`."""
+    jax_backend.export(self.module, self.variables, directory, **options)
 
   def fold(self) -> None:
     self.variables = jax_backend.fold_weight(self.module, self.variables)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ def _result(output: Any) -> torch.Tensor:
   return output
 
 
+def _next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+  return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
 class Model:
   """A float model.
 
@@ -49,6 +54,10 @@ class Model:
     """From a name or folder; `twin` takes the plain torch Llama in place of that of transformers. `jit` is for the JAX side."""
     del jit
     return cls((models.load_torch_twin if twin else models.load_torch)(source, dtype)[0])
+
+  def nbytes(self) -> int:
+    """Bytes of all parameters; one that is shared counts once."""
+    return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
   @torch.no_grad()
   def __call__(self, ids: np.ndarray) -> np.ndarray:
@@ -68,6 +77,21 @@ class Model:
         model(torch.from_numpy(ids).long())
 
     return Quantized(torch_backend.quantize(copy.deepcopy(self.model), config, loop, group_rules=group_rules, report=report))
+
+  def auto_quantize(self, batches: Sequence[np.ndarray], constraints: Mapping[str, Any], formats: Any, **options: Any) -> Any:
+    """(a copy quantized by `torch_backend.auto_quantize`, its search_state); the loss is that of the next token.
+
+    Args:
+      batches: token ids [B, T], for calibration and for the scores.
+      constraints: as there.
+      formats: as there.
+      **options: as there.
+    """
+    data = [torch.from_numpy(ids).long() for ids in batches]
+    steps = {"num_calib_steps": len(data), "num_score_steps": len(data), **options}
+    step = {"forward_step": lambda model, ids: _result(model(ids)), "loss_func": _next_token_loss}
+    model, state = torch_backend.auto_quantize(copy.deepcopy(self.model), constraints, formats, data, **step, **steps)
+    return Quantized(model), state
 
   @torch.no_grad()
   def layer_io(self, ids: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, dict[str, tuple[Any, Any]]]:
@@ -106,6 +130,10 @@ class Quantized(Model):
         before = module.canonical(module.stored_weight.detach())
         after = module.canonical(module.compute_weight().detach())
         yield Weight(f"{name}.weight_quantizer", before, after, _leaves(module.weight_quantizer))
+
+  def export(self, directory: str | Path, **options: Any) -> None:
+    """Write a folder that serving engines load; options as `torch_backend.export` takes them."""
+    torch_backend.export(self.model, directory, **options)
 
   def fold(self) -> None:
     torch_backend.fold_weight(self.model)

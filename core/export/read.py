@@ -83,6 +83,16 @@ class Artefact:
     """What the configuration says of a layer."""
     return LAYOUTS[self.layout].scheme_of(self.settings, layer)
 
+  def layer_size(self, layer: str) -> int:
+    """Number of weights of a layer."""
+    return int(np.prod(self.stored(layer).weight.shape, dtype=np.int64))
+
+  def layer_bytes(self) -> dict[str, int]:
+    """Bytes of all tensors of each quantized layer's weight; inputs' scales are left out."""
+    parts = [part for part in (*_PARTS, "weight") if not part.startswith("input_")]
+    names = {layer: [f"{layer}.{part}" for part in parts if f"{layer}.{part}" in self._files] for layer in self.layers}
+    return {layer: sum(self._files[name].entries[name].nbytes for name in held) for layer, held in names.items()}
+
   def _get(self, name: str) -> np.ndarray | None:
     file = self._files.get(name)
     if file is None:
@@ -110,10 +120,16 @@ def read(directory: str | Path) -> Artefact:
   elif method != compressed_tensors.NAME:
     raise ValueError(f"{folder / 'config.json'}: quant_method is {str(method)[:40]!r}; known are {', '.join(LAYOUTS)}")
   assert isinstance(settings, dict)
-  return Artefact(folder, str(method), config, settings, _files(folder))
+  return Artefact(folder, str(method), config, settings, open_files(folder))
 
 
-def _files(folder: Path) -> list[File]:
+def open_files(folder: Path) -> list[File]:
+  """model.safetensors, or the files that its index names; headers are checked.
+
+  Raises:
+    FileNotFoundError: files are missing.
+    ValueError: a file or the index is damaged.
+  """
   index = folder / "model.safetensors.index.json"
   if not index.exists():
     return [File(_existing(folder / "model.safetensors"))]
