@@ -6,7 +6,7 @@
 
 from core import formats
 from core.metrics import cosine, effective_bits, kl_divergence, sqnr_db
-from core.packed import PackedTensor, dequantize_packed, pack_tensor, packed_bytes, unpack_tensor
+from core.packed import PackedTensor, dequantize_packed, pack_tensor, packed_bytes, packed_shape, unpack_tensor
 from core.quantize import QuantizedTensor, amax, block_amax, cast_saturating, dequantize, fake_quantize, pack, quantize, tensor_amax, unpack
 from core.scaling import Scales, scales
 from core.spec import QuantSpec
@@ -29,6 +29,7 @@ __all__ = [
   "pack",
   "pack_tensor",
   "packed_bytes",
+  "packed_shape",
   "quantize",
   "scales",
   "sqnr_db",

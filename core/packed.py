@@ -74,6 +74,11 @@ def dequantize_packed(p: PackedTensor) -> Array:
   return apply_scales(levels, QuantizedTensor(levels, *_scales(xp, p), p.spec, p.shape))
 
 
+def packed_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Shape of `PackedTensor.codes` of a tensor of that shape."""
+  return (*shape[: min(len(shape) - 1, 1)], -(-_row_length(shape) * spec.element.bits // 8))
+
+
 def packed_bytes(p: PackedTensor) -> int:
   """Bytes of codes, scales and zero points."""
   return sum(_size(part) for part in (p.codes, p.scale, p.tensor_scale, p.zero_point) if part is not None)

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from core import compression
 from core.config import ConfigWarning, Entry, Resolved, initial_state, matches_name, normalize_entries, resolve, unmatched_patterns
+from torch_backend.modules import QuantWeight
 from torch_backend.names import parent_classes, quantizers, walk
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.sequential import Quantizer, SequentialQuantizer, tensor_quantizers
@@ -72,6 +74,7 @@ def apply(model: nn.Module, entries: Iterable[Entry]) -> None:
   for name, quantizer, parent in list(walk(model)):
     classes = parent_classes(parent)
     if any(entry.matches(name, classes) for entry in entries):
+      compression.refuse_compressed(_held_as_codes(name, quantizer, parent), "changing a weight quantizer")
       now = Resolved(tuple(one.config for one in tensor_quantizers(quantizer)), quantizer.is_enabled)
       _set(parent, name, quantizer, resolve(entries, name, classes, now))
 
@@ -109,7 +112,15 @@ def _select(model: nn.Module, which: Which) -> list[Quantizer]:
   if not chosen:
     what = f"pattern {which!r}" if isinstance(which, str) else "the function"
     warnings.warn(f"{what} matches no quantizer; {_known(model)}", ConfigWarning, stacklevel=3)
+  held = [name for name, q, parent in walk(model) if any(q is one for one in chosen) for name in _held_as_codes(name, q, parent)]
+  compression.refuse_compressed(held, "switching weight quantizers")
   return chosen
+
+
+def _held_as_codes(name: str, quantizer: Quantizer, parent: nn.Module) -> list[str]:
+  """The name, where the quantizer is that of a compressed weight."""
+  is_weight = isinstance(parent, QuantWeight) and quantizer is parent.weight_quantizer
+  return [name] if is_weight and parent.packed_weight is not None else []
 
 
 def _known(model: nn.Module) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from core.config import ConfigWarning
+from torch_backend.compress import decompress
 from torch_backend.modules import QuantWeight
 from torch_backend.names import is_quantized
 from torch_backend.sequential import tensor_quantizers
@@ -18,7 +19,8 @@ def fold_weight(model: nn.Module, keep_attrs: bool = False) -> None:
   """Replace every weight that has an enabled quantizer by its quantized values, in place, and let that quantizer pass.
 
   The model computes the same afterwards, and faster. A weight that several modules share (a tied embedding) stays shared where all of
-  them quantize it alike; otherwise the module that quantizes it gets a weight of its own, and a warning says so.
+  them quantize it alike; otherwise the module that quantizes it gets a weight of its own, and a warning says so. A compressed weight is
+  decompressed.
 
   Args:
     model: a quantized model.
@@ -29,6 +31,7 @@ def fold_weight(model: nn.Module, keep_attrs: bool = False) -> None:
   """
   if not is_quantized(model):
     raise ValueError("the model has no quantized modules; call quantize(model, config, forward_loop) first")
+  decompress(model)
   users: dict[int, list[nn.Module]] = {}
   for module in model.modules():
     for parameter in module._parameters.values():

@@ -58,9 +58,9 @@ def merge(model: nn.Module) -> None:
 
 @torch.no_grad()
 def cost_db(module: QuantWeight, quantizer: TensorQuantizer) -> float | None:
-  """What sharing costs one weight, in dB of SQNR; None where the quantizer shares nothing or is no weight's first."""
+  """What sharing costs one weight, in dB of SQNR; None where the quantizer shares nothing or is no weight's first, or codes are held."""
   first = tensor_quantizers(module.weight_quantizer)[0]
-  if quantizer is not first or quantizer.own_tensor_amax is None or quantizer.amax is None:
+  if quantizer is not first or quantizer.own_tensor_amax is None or quantizer.amax is None or module.packed_weight is not None:
     return None
   weight = module.canonical(module.stored_weight.detach())
   own_amax = quantizer.amax

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from torch_backend.modules import QuantModule, original_class
+from torch_backend.modules import QuantModule, QuantWeight, original_class
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.sequential import Quantizer, SequentialQuantizer
 
@@ -36,6 +36,11 @@ def parent_classes(module: nn.Module) -> tuple[str, ...]:
     if issubclass(cls, nn.Module) and cls is not nn.Module:
       names.append(f"nn.{cls.__name__}" if cls.__module__.startswith("torch.nn.") else f"{cls.__module__}.{cls.__qualname__}")
   return tuple(names)
+
+
+def compressed_layers(model: nn.Module) -> list[str]:
+  """Names of the layers whose weight is held as codes."""
+  return [name for name, module in model.named_modules() if isinstance(module, QuantWeight) and module.packed_weight is not None]
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import numpy as np
@@ -27,7 +27,7 @@ class PackedWeight(nn.Module):
   Attributes:
     spec: format of the codes.
     shape: of the weight, [out, in, ...].
-    matmul: name of the arithmetic of the layer's product; None is that of the original forward.
+    requires_grad_weight: whether the parameter it stands for was trained.
   """
 
   codes: Tensor
@@ -39,10 +39,27 @@ class PackedWeight(nn.Module):
   def __init__(self, packed: core.PackedTensor, offset: Tensor | None, like: Tensor) -> None:
     super().__init__()
     self.spec, self.shape = packed.spec, packed.shape
-    self.matmul: str | None = None
+    self.requires_grad_weight = True
     for name, value in zip(TENSORS, (*packed[:4], offset), strict=True):
       self.register_buffer(name, value)
     self.register_buffer("_like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
+
+  @classmethod
+  def empty(cls, state_dict: Mapping[str, Tensor], prefix: str, spec: core.QuantSpec, shape: tuple[int, ...], like: Tensor) -> PackedWeight:
+    """Room for the codes and scales of a state dict, which are not read yet.
+
+    Raises:
+      ValueError: they are not those of a weight of that format and shape.
+    """
+    expected = core.packed_shape(spec, shape)
+    found = tuple(state_dict[f"{prefix}codes"].shape)
+    if found != expected:
+      raise ValueError(
+        f"{prefix}codes has shape {list(found)}; a weight {list(shape)} as {spec.element.name} has {list(expected)}; "
+        "quantize the model with the configuration that the state was made with"
+      )
+    parts = [None if (t := state_dict.get(prefix + name)) is None else torch.empty_like(t, device=like.device) for name in TENSORS]
+    return cls(core.PackedTensor(*parts[:4], spec, shape), parts[4], like)  # type: ignore[arg-type]
 
   @property
   def dtype(self) -> torch.dtype:
@@ -60,6 +77,10 @@ class PackedWeight(nn.Module):
   @property
   def packed(self) -> core.PackedTensor:
     return core.PackedTensor(self.codes, self.scale, self.tensor_scale, self.zero_point, self.spec, self.shape)
+
+  def buffers_by_name(self) -> dict[str, Tensor | None]:
+    """Codes, scales and offset; None where there is none."""
+    return {name: self._buffers[name] for name in TENSORS}
 
   def quantized(self) -> core.QuantizedTensor:
     """Codes and scales, not packed, as numpy arrays."""

@@ -258,6 +258,13 @@ class QuantizerState(nn.Module):
     self._amax = self._tensor_amax = self._bias_value = self.own_tensor_amax = None
     self._configure(self.config)
 
+  def drop_block_amax(self) -> None:
+    """Forget amax of blocks and channels, and the scales kept with it: the stored codes of a compressed weight have their own."""
+    if self._amax is not None and self._amax.numel() > 1:
+      self._amax = None
+    self._refresh()
+    self._scales = None
+
   # -- upkeep --------------------------------------------------------------------------------------------------------------------
 
   def state_key(self) -> tuple[Any, ...]:

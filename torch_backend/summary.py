@@ -44,7 +44,7 @@ def _row(quantizer: TensorQuantizer, module: nn.Module) -> dict[str, Any]:
     "name": quantizer.name,
     "format": quantizer.config.describe() if quantizer.is_enabled else "",
     "enabled": quantizer.is_enabled,
-    "state": _state(quantizer),
+    "state": _state(quantizer, module),
     "amax_min": None if known is None else float(known.min()),
     "amax_max": None if known is None else float(known.max()),
     "amax_shape": tuple(amax.shape) if amax is not None else None,
@@ -53,7 +53,9 @@ def _row(quantizer: TensorQuantizer, module: nn.Module) -> dict[str, Any]:
   }
 
 
-def _state(quantizer: TensorQuantizer) -> str:
+def _state(quantizer: TensorQuantizer, module: nn.Module) -> str:
+  if isinstance(module, QuantWeight) and module.packed_weight is not None and quantizer is tensor_quantizers(module.weight_quantizer)[0]:
+    return "compressed"
   if not quantizer.is_enabled:
     return "folded" if quantizer.is_folded else "off"
   if quantizer.amax is not None:

@@ -69,7 +69,8 @@ class QuantWeight(QuantInput):
   In evaluation the quantized weight is kept and reused until the weight, the amax, or the configuration changes. Writing through
   `weight.data` in place is invisible to torch's version counter; a checksum of the weight catches it on the CPU.
 
-  After `compress` there is no parameter "weight": `packed_weight` holds its codes, and every call dequantizes them anew.
+  After `compress` there is no parameter "weight": `packed_weight` holds its codes, and every call dequantizes them anew. Loading the state
+  of a compressed layer into one of the same configuration that is not compresses it.
   """
 
   weight_quantizer: Quantizer
@@ -176,6 +177,15 @@ class QuantWeight(QuantInput):
     x = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
     x = tensor_quantizers(self.input_quantizer)[0].scaled(x)
     return nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+  def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    if f"{prefix}packed_weight.codes" in state_dict and self.packed_weight is None:
+      weight, first = self.stored_weight, tensor_quantizers(self.weight_quantizer)[0]
+      shape = tuple(self.canonical(weight.detach()).shape)
+      self.packed_weight = PackedWeight.empty(state_dict, f"{prefix}packed_weight.", first.spec, shape, weight)
+      del self._parameters["weight"]
+      first.drop_block_amax()
+    super()._load_from_state_dict(state_dict, prefix, *args)
 
   def train(self, mode: bool = True) -> QuantWeight:
     self._weight_kept = None
