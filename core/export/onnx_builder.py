@@ -25,6 +25,7 @@ class Builder:
     self.ir = package("onnx_ir")
     self.nodes: list[Any] = []
     self.owner = owner
+    self._used: set[str] = set()
     self._graph = graph
     self._constants = constants
     self.suffix = f"#{use}" if use else ""
@@ -39,6 +40,8 @@ class Builder:
       **attributes: of the node; None is left out.
     """
     name = name or f"{kind}_{len(self.nodes)}"
+    name = name if name not in self._used else f"{name}_{len(self.nodes)}"
+    self._used.add(name)
     given = {key: value for key, value in attributes.items() if value is not None}
     node = self.ir.node(kind, list(inputs), given, name=f"{self.owner}/{name}{self.suffix}")
     node.outputs[0].name = f"{self.owner}.{name}{self.suffix}"

@@ -48,7 +48,7 @@ def finish(model: Any, pieces: Mapping[str, Piece], options: OnnxOptions) -> Non
   clean(model)
   model.opset_imports.pop(DOMAIN, None)
   model.opset_imports[""] = options.opset
-  passes = ir.passes.common
+  passes = package("onnx_ir.passes.common")
   ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass(), passes.TopologicalSortPass())(model)
   model.ir_version = package("onnx").helper.find_min_ir_version_for([package("onnx").helper.make_opsetid("", options.opset)])
 
