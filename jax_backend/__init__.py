@@ -13,11 +13,15 @@ from core.calibrate.report import print_calibration_report
 from core.config import DEFAULT_GROUPS, EXPERT_GROUPS, PRESETS, ConfigWarning, QuantizerConfig, choices, preset
 from jax_backend.apply import QuantModule
 from jax_backend.calibrate import Runner, calibrate, max_calibrate, register_algorithm
+from jax_backend.compress import compress, compression_report, decompress, is_compressed, print_compression_report
 from jax_backend.convert import quantize
 from jax_backend.edit import disable_quantizer, enable_quantizer, is_quantized, quantizers, set_quantizer_by_cfg
+from jax_backend.export import export
+from jax_backend.export_onnx import export_onnx
 from jax_backend.fold import fold_weight
 from jax_backend.modules import register, unregister
 from jax_backend.quantizer import Quantizer, SequentialQuantizer
+from jax_backend.state import restore, save
 from jax_backend.summary import print_quant_summary, summary
 from jax_backend.weights import weight_quantization
 
@@ -32,18 +36,27 @@ __all__ = [
   "SequentialQuantizer",
   "calibrate",
   "choices",
+  "compress",
+  "compression_report",
+  "decompress",
   "disable_quantizer",
   "enable_quantizer",
+  "export",
+  "export_onnx",
   "fold_weight",
+  "is_compressed",
   "is_quantized",
   "max_calibrate",
   "preset",
   "print_calibration_report",
+  "print_compression_report",
   "print_quant_summary",
   "quantize",
   "quantizers",
   "register",
   "register_algorithm",
+  "restore",
+  "save",
   "set_quantizer_by_cfg",
   "summary",
   "unregister",

@@ -26,6 +26,7 @@ from torch_backend.modules import QuantInput, QuantModule, QuantWeight, register
 from torch_backend.names import is_quantized, quantizers
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.sequential import SequentialQuantizer
+from torch_backend.state import restore, save
 from torch_backend.summary import print_quant_summary, summary
 from torch_backend.weights import weight_quantization
 
@@ -65,6 +66,8 @@ __all__ = [
   "quantizers",
   "register",
   "register_algorithm",
+  "restore",
+  "save",
   "set_quantizer_by_cfg",
   "summary",
   "unregister",

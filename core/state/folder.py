@@ -82,7 +82,6 @@ def _write_text(path: Path, text: str) -> None:
   part = tensors.temporary(path.parent, ".json.part")
   try:
     part.write_text(text + "\n", encoding="utf-8")
-    part.chmod(0o644)
     os.replace(part, path)
   finally:
     part.unlink(missing_ok=True)

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -226,7 +225,5 @@ def _short(value: Any) -> str:
 
 
 def temporary(folder: Path, suffix: str) -> Path:
-  """A new, empty file in a folder, to be renamed when it is complete."""
-  handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=suffix)
-  os.close(handle)
-  return Path(name)
+  """A name in a folder that no file has yet, for one that is renamed when it is complete."""
+  return folder / f".{os.urandom(8).hex()}{suffix}"
