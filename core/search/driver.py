@@ -88,7 +88,10 @@ def search(host: SearchHost, request: Request) -> State:
   state = make_state(plan, request.constraints, table, **facts)
   if request.verbose:
     report.print_auto_quantize_summary(state)
-  host.finish(config_of(plan, state["assignment"]), found)
+  if all(choice == spaces.NONE for choice in state["assignment"].values()):
+    warnings.warn("within this budget every layer may stay unquantized, so nothing was quantized; lower it", ConfigWarning, stacklevel=3)
+  else:
+    host.finish(config_of(plan, state["assignment"]), found)
   return state
 
 
