@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from core import compression
 from core.calibrate import algorithms, driver
 from core.config import ConfigWarning
 from core.config.algorithms import AlgorithmConfig, read_algorithm, register_algorithm_name
@@ -171,6 +172,7 @@ def run(
   """Run calibration steps in order; `create` makes missing quantizers."""
   if forward_loop is not None and not callable(forward_loop):
     raise TypeError(f"forward_loop must be a function of the model, got {type(forward_loop).__name__}")
+  compression.refuse_compressed(tree.compressed_layers(qvariables.get("quant", {})), "calibration")
   result = dict(qvariables)
   if create is not None and forward_loop is not None and not (algorithm and algorithm[0].method in _ALGORITHMS):
     result = {**result, "quant": _discovered(qmodule, result, forward_loop, create)}
@@ -238,6 +240,7 @@ def max_calibrate(
   a second time, for the tokens that the call's attention_mask does not mark as padding.
   """
   quant = dict(qvariables.get("quant", {}))
+  compression.refuse_compressed(tree.compressed_layers(quant), "calibration")
   if forward_loop is not None and (create is not None or any(_needs_data(q) for _, _, q in tree.items(quant) if q.param is None)):
     start = {key: q.with_mode(CALIBRATE) for key, q in _entries(quant).items()}
     runner = Runner(qmodule, {**qvariables, "quant": tree.build(start)}, create)

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from core import compression
 from core.config import rules
 from core.state import as_given
 from jax_backend import discover, edit, groups, tree
@@ -49,6 +50,7 @@ def quantize(
     TypeError: module is no linen module, variables no mapping, or forward_loop no function.
   """
   check_module(module, variables)
+  compression.refuse_compressed(tree.compressed_layers(variables.get("quant", {})), "quantize")
   plan = rules.normalize(config)
   group_rules = group_rules if group_rules is None or isinstance(group_rules, str) else tuple(group_rules)
   plain = {name: value for name, value in variables.items() if name != "quant"}

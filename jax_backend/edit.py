@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from core import compression
 from core.config import ConfigWarning, matching, rules
 from core.config.rules import Entry, Resolved
 from core.config.schema import QuantizerConfig
@@ -87,13 +89,17 @@ def _sizes(quantizer: Quantizer) -> tuple[int, ...]:
 
 
 def check_one_format(entries: tuple[Entry, ...], path: Path, name: str, module: Found, resolved: Resolved) -> None:
-  """Raises:
-  ValueError: written with a layer's number, the name would get another format: a scanned stack has one body, hence one format.
+  """A rule that names the stack as a whole holds for each of its layers.
+
+  Raises:
+    ValueError: written with a layer's number, the name would get another format: a scanned stack has one body, hence one format.
   """
+  whole = "/".join((*path, name))
   for place in range(1, len(path) + 1):
     for layer in range(module.sizes[0]):
       numbered = "/".join((*path[:place], str(layer), *path[place:], name))
-      other = rules.resolve(entries, numbered, module.parent_classes)
+      matching = (e for e in entries if any(e.matches(n, module.parent_classes) for n in (whole, numbered)))
+      other = rules.resolve((dataclasses.replace(e, quantizer_name="*", parent_class=None) for e in matching), numbered)
       if other != resolved:
         shown = tree.full_name(path, name)
         raise ValueError(
@@ -153,6 +159,7 @@ def set_quantizer_by_cfg(qvariables: Mapping[str, Any], quant_cfg: Any) -> dict[
     now = Resolved(tuple(q.config for q in quantizer.leaves), quantizer.is_enabled)
     matched = any(entry.matches(raw, quantizer.parent_classes) for entry in entries)
     if matched:
+      _refuse_packed(quantizer, path, name)
       quantizer = configured(quantizer, _checked(rules.resolve(entries, raw, quantizer.parent_classes, now), raw))
     changed[path, name] = quantizer
   missing = [e.label for e in entries if not any(e.matches(*pair) for pair in names)]
@@ -182,6 +189,11 @@ def disable_quantizer(qvariables: Mapping[str, Any], which: Which) -> dict[str, 
   return _switch(qvariables, which, lambda q: q.disable() if q.mode != FOLDED else q)
 
 
+def _refuse_packed(quantizer: AnyQuantizer, path: Path, name: str) -> None:
+  if quantizer.leaves[0].packed is not None:
+    compression.refuse_compressed([tree.full_name(path, name)], "changing a weight quantizer")
+
+
 def _switch(qvariables: Mapping[str, Any], which: Which, change: Callable[[Any], Any]) -> dict[str, Any]:
   if not (isinstance(which, str) or callable(which)):
     raise TypeError(f"give a pattern such as '*input_quantizer' or a function of the name, got {type(which).__name__}")
@@ -191,6 +203,8 @@ def _switch(qvariables: Mapping[str, Any], which: Which, change: Callable[[Any],
     raw = "/".join((*path, name))
     chosen = matching.matches_name(which, raw) if isinstance(which, str) else which(tree.full_name(path, name))
     selected += bool(chosen)
+    if chosen:
+      _refuse_packed(quantizer, path, name)
     changed[path, name] = change(quantizer) if chosen else quantizer
   if not selected:
     warnings.warn(f"{which!r} selects none of the {len(changed)} quantizers", ConfigWarning, stacklevel=3)

@@ -14,6 +14,8 @@ from jax_backend.quantizer import FOLDED
 def fold_weight(qmodule: QuantModule, qvariables: Mapping[str, Any]) -> dict[str, Any]:
   """Replace every weight by its quantized values, so that evaluation does not compute them again. Outputs stay bit for bit.
 
+  A compressed weight is decompressed.
+
   Args:
     qmodule: what `quantize` returned.
     qvariables: its variables; they are not changed.
@@ -29,7 +31,10 @@ def fold_weight(qmodule: QuantModule, qvariables: Mapping[str, Any]) -> dict[str
   params = qvariables.get("params", {})
   done = {(path, name): q for path, name, q in tree.items(qvariables.get("quant", {}))}
   for path, name, quantizer, weight in weights.each(qvariables):
-    if quantizer.is_enabled:
+    if quantizer.leaves[0].packed is not None:
+      params = tree.inserted(params, (*path, str(quantizer.param)), weights.from_front(weights.unpacked(quantizer), quantizer.stack))
+      done[path, name] = quantizer.map(lambda q: q.replace(mode=FOLDED, packed=None))
+    elif quantizer.is_enabled:
       folded = weights.from_front(weights.quantized(quantizer, weight), quantizer.stack)
       params = tree.replaced(params, (*path, str(quantizer.param)), folded)
       done[path, name] = quantizer.map(lambda q: q.replace(mode=FOLDED))

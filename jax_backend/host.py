@@ -89,6 +89,9 @@ class JaxHost(Parameters):
     return found
 
   def _parameter(self, path: Path, name: str) -> Any:
+    quantizer = self._quant.get((path, WEIGHT))
+    if quantizer is not None and quantizer.param == name and quantizer.leaves[0].packed is not None:
+      return weights.from_front(weights.unpacked(quantizer, False), quantizer.stack)
     return meta.unbox(tree.lookup(self.variables["params"], (*path, name)))
 
   def layers(self) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jax_backend import capture, low_rank, modules, statistics, taps, tree
+from jax_backend import capture, low_rank, modules, packed, statistics, taps, tree
 from jax_backend.lifted import is_lifted
 from jax_backend.quantizer import CALIBRATE, AnyQuantizer
 from jax_backend.tree import RIDER, Rider
@@ -44,14 +45,25 @@ def entered(module: nn.Module, method: str) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def shadow_param(module: nn.Module, change: Mapping[str, Callable[[Any], Any]]) -> Iterator[None]:
-  """`module.param(name, ...)` returns `change[name]` of the parameter, for this instance, while the context is open."""
-  if not change or "param" in vars(module):
+def shadow_param(
+  module: nn.Module, change: Mapping[str, Callable[[Any], Any]], made: Mapping[str, Callable[[], Any]] | None = None
+) -> Iterator[None]:
+  """`module.param(name, ...)` returns `change[name]` of the parameter, for this instance, while the context is open.
+
+  Args:
+    module: the instance.
+    change: parameter name -> function of its value.
+    made: parameter name -> function that makes the value, of parameters that are not there (compressed weights).
+  """
+  made = made or {}
+  if not (change or made) or "param" in vars(module):
     yield
     return
   original = module.param
 
   def param(name: str, *args: Any, **kwargs: Any) -> Any:
+    if name in made:
+      return made[name]()
     value = original(name, *args, **kwargs)
     if name not in change:
       return value
@@ -82,8 +94,10 @@ def quantizing(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn
     if not outermost:
       return next_fun(*args, **kwargs)
     own = {name: tree.board(q) for name, q in rider.quantizers.items()}
-    weights = {q.param: _with_key(module, q) for q in own.values() if q.param is not None and q.acts}
-    with shadow_param(module, weights):
+    held = {q.param: q for q in own.values() if q.param is not None}
+    weights = {param: _with_key(module, q) for param, q in held.items() if q.leaves[0].packed is None and q.acts}
+    made = {param: functools.partial(packed.values, q) for param, q in held.items() if q.leaves[0].packed is not None}
+    with shadow_param(module, weights, made):
       if context.method_name not in kind.methods:
         return next_fun(*args, **kwargs)
       return _call(next_fun, args, kwargs, module, own)

@@ -110,9 +110,10 @@ def quantized(quantizer: Quantizer, index: tuple[int, ...] = ()) -> core.Quantiz
   held: Packed = jax.tree.map(np.asarray, quantizer.packed.at(index))
   q = core.unpack_tensor(held.tensor)
   seen, _ = quantizer.view(held.shape)
-  codes, scale, tensor_scale, zero_point = (None if part is None else np.array(_to_torch(part, seen)) for part in q[:4])
-  return core.QuantizedTensor(codes, scale, tensor_scale, zero_point, quantizer.spec, np.shape(codes))
+  codes, scale = _to_torch(q.codes, seen), _to_torch(q.scale, seen)
+  tensor_scale, zero_point = (None if part is None else _to_torch(part, seen) for part in (q.tensor_scale, q.zero_point))
+  return core.QuantizedTensor(codes, scale, tensor_scale, zero_point, quantizer.spec, codes.shape)
 
 
 def _to_torch(part: np.ndarray, seen: layouts.View) -> np.ndarray:
-  return part if seen.is_plain or part.ndim < len(seen.axes) else np.transpose(part, seen.axes)
+  return np.array(part if seen.is_plain or part.ndim < len(seen.axes) else np.transpose(part, seen.axes), order="C")

@@ -62,6 +62,8 @@ def _row(name: str, quantizer: Quantizer, cost: float | None, shares: bool) -> d
 
 
 def _state(quantizer: Quantizer) -> str:
+  if quantizer.packed is not None:
+    return "compressed"
   if not quantizer.is_enabled:
     return "folded" if quantizer.mode == FOLDED else "off"
   if quantizer.amax is not None:
@@ -81,7 +83,7 @@ def _costs(qvariables: Mapping[str, Any]) -> dict[str, float]:
   costs = {}
   for path, name, quantizer, weight in weights.each(qvariables):
     first = quantizer.leaves[0]
-    if first.group in sharing and groups.shares_scale(first):
+    if first.group in sharing and groups.shares_scale(first) and first.packed is None:
       full = tree.full_name(path, name)
       alone = weights.calibrate(first.with_amax(None), weight, full)
       own, shared = (np.asarray(weights.quantized(q, weight).astype(jnp.float32)) for q in (alone, first))

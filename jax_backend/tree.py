@@ -95,6 +95,26 @@ def replaced(node: Any, path: Path, value: Any) -> Any:
   return {**node, path[0]: replaced(node[path[0]], path[1:], value)}
 
 
+def removed(node: Any, path: Path) -> Any:
+  """The tree without the value at a path."""
+  if len(path) == 1:
+    return {key: value for key, value in node.items() if key != path[0]}
+  return {**node, path[0]: removed(node[path[0]], path[1:])}
+
+
+def inserted(node: Any, path: Path, value: Any) -> Any:
+  """The tree with a value at a path that may be new."""
+  if not path:
+    return value
+  held = node if isinstance(node, Mapping) else {}
+  return {**held, path[0]: inserted(held.get(path[0]), path[1:], value)}
+
+
+def compressed_layers(quant: Mapping[str, Any]) -> list[str]:
+  """Names of the weight quantizers that hold their weight as codes."""
+  return [full_name(path, name) for path, name, q in items(quant) if q.leaves[0].packed is not None]
+
+
 def mount(params: Any, quant: Mapping[str, Any], mark: Any = None, path: Path = ()) -> dict[str, Any]:
   """`params` with the quantizers of every module riding in it. The arguments stay as they are.
 

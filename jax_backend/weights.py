@@ -12,15 +12,21 @@ from flax.core import meta
 
 import core
 from core.config.schema import QuantizerConfig
-from jax_backend import affine, histograms, layouts, sharding, statistics, tree
+from jax_backend import affine, histograms, layouts, packed, sharding, statistics, tree
 from jax_backend.quantizer import QUANTIZE, AnyQuantizer, Quantizer, SequentialQuantizer
 from jax_backend.tree import Path
 
 
 def each(qvariables: Mapping[str, Any]) -> Iterator[tuple[Path, str, AnyQuantizer, Any]]:
-  """(module path, quantizer name, quantizer, stored weight with stacked axes in front) of every weight quantizer."""
+  """(module path, quantizer name, quantizer, stored weight with stacked axes in front) of every weight quantizer.
+
+  In the place of a compressed weight comes what its codes stand for.
+  """
   for path, name, quantizer in tree.items(qvariables.get("quant", {})):
     if quantizer.param is None:
+      continue
+    if quantizer.leaves[0].packed is not None:
+      yield path, name, quantizer, unpacked(quantizer, False)
       continue
     node = tree.lookup(qvariables.get("params", {}), (*path, quantizer.param))
     if node is None:
@@ -59,7 +65,7 @@ def calibrate(quantizer: AnyQuantizer, weight: Any, name: str) -> AnyQuantizer:
   if not quantizer.needs_calibration or not jnp.issubdtype(weight.dtype, jnp.floating):
     return quantizer
   try:
-    amax, bias, nonfinite = _statistics(_bare(quantizer), weight)
+    amax, bias, nonfinite = _statistics(bare(quantizer), weight)
   except ValueError as error:
     raise ValueError(f"quantizer {name!r}: {error}") from error
   statistics.check_finite(int(nonfinite), name)
@@ -85,10 +91,25 @@ def quantized(quantizer: AnyQuantizer, weight: Any) -> Any:
     quantizer: a weight quantizer.
     weight: stored weight, stacked axes in front.
   """
-  return _quantized(_bare(quantizer), weight)
+  return _quantized(bare(quantizer), weight)
 
 
-def _bare(quantizer: AnyQuantizer) -> AnyQuantizer:
+@functools.partial(jax.jit, static_argnums=1)
+def _unpacked(quantizer: AnyQuantizer, rest: bool) -> Any:
+  return layouts.over_stack(functools.partial(packed.values, rest=rest), len(quantizer.stack))(quantizer)
+
+
+def unpacked(quantizer: AnyQuantizer, rest: bool = True) -> Any:
+  """A compressed weight as the model computes with it, stacked axes in front.
+
+  Args:
+    quantizer: a weight quantizer whose first one is packed.
+    rest: also apply the quantizers behind the first, of a sequence.
+  """
+  return _unpacked(bare(quantizer), rest)
+
+
+def bare(quantizer: AnyQuantizer) -> AnyQuantizer:
   """The quantizer without what only names it, so that layers of one shape share one compilation."""
   return quantizer.map(lambda q: q.replace(parent_classes=(), group=None))
 
