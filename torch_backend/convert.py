@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from core import compression
 from core.config import ConfigWarning, check_effect, normalize
+from core.state import as_given
 from torch_backend import edit, groups
 from torch_backend.calibrate import ForwardLoop, run
 from torch_backend.modules import QuantModule, quantized_class
-from torch_backend.names import quantizers
+from torch_backend.names import compressed_layers, quantizers
 from torch_backend.sequential import tensor_quantizers
 from torch_backend.snapshot import restored_on_error
 
@@ -47,6 +49,7 @@ def quantize(
   """
   if not isinstance(model, nn.Module):
     raise TypeError(f"quantize takes an nn.Module, got {type(model).__name__}")
+  compression.refuse_compressed(compressed_layers(model), "quantize")
   plan = normalize(config)
   with restored_on_error(model):
     convert(model)
@@ -55,6 +58,7 @@ def quantize(
     edit.apply(model, plan.entries)
     groups.assign(model, group_rules)
     run(model, plan.algorithm, forward_loop, report)
+    model.__dict__["_quantization_config"] = as_given(config)  # for `save`
   return model
 
 
