@@ -1,8 +1,8 @@
 """File to file: the weights of a safetensors folder quantized tensor by tensor, without building the model.
 
 Everything that needs no data: weights in any format that a layout has, inputs whose scales are taken from each input. One tensor and its
-codes are in memory, however large the model. What comes out is what `quantize(model, config)` and `export` would have written, tensor scales
-that siblings share included.
+codes are in memory, however large the model. What comes out is what `quantize(model, config)` and `export` would have written; siblings
+share their tensor scales as there.
 """
 
 from __future__ import annotations
