@@ -138,7 +138,7 @@ def calibrate_missing(model: nn.Module, forward_loop: ForwardLoop | None, inputs
 
 def calibrate_activations(model: nn.Module, forward_loop: ForwardLoop | None, which: Callable[[str], bool]) -> None:
   """amax of the activation quantizers of these names over the forward loop; nothing runs where none of them needs data."""
-  chosen = {name: q for name, q in activations(model).items() if which(name) and _needs_data(q)}
+  chosen = {name: q for name, q in activations(model).items() if which(name) and needs_data(q)}
   if forward_loop is None or not chosen:
     return
   with collecting(model, chosen):
@@ -203,7 +203,8 @@ def _parameter(name: str, module: nn.Module) -> Tensor | None:
   return module._parameters.get(attribute)
 
 
-def _needs_data(quantizer: Quantizer) -> bool:
+def needs_data(quantizer: Quantizer) -> bool:
+  """Whether max calibration must see data for it."""
   return any(_waits(one) for one in tensor_quantizers(quantizer))
 
 

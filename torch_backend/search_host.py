@@ -20,12 +20,15 @@ from core.config import ConfigWarning
 from core.search.driver import limited
 from core.search.host import Choices, Scores, SearchLayer
 from torch_backend import edit
+from torch_backend.calibrate import ForwardLoop, calibrate
 from torch_backend.convert import convert, quantize
 from torch_backend.modules import QuantWeight
 from torch_backend.modules.base import QuantTable
 from torch_backend.names import is_quantized, parent_classes, quantizers
+from torch_backend.search_calibration import SharedCalibration, is_max, no_amax_yet, without_algorithm
 from torch_backend.search_scores import gradient_scores, hessian_traces, kl_scores
 from torch_backend.sequential import tensor_quantizers
+from torch_backend.snapshot import restored_on_error
 
 ForwardStep = Callable[[nn.Module, Any], Any]
 
@@ -83,6 +86,7 @@ class TorchSearchHost:
     self._floating = (converted if is_quantized(model) else sharing_copy(model)).eval()
     self._layers = {name: module for name, module in converted.named_modules() if isinstance(module, QuantWeight)}
     self._twins: dict[str, dict[str, QuantWeight]] = {}
+    self._shared = SharedCalibration(self._floating)
 
   def layers(self) -> list[SearchLayer]:
     return [_described(name, module) for name, module in self._layers.items()]
@@ -99,15 +103,25 @@ class TorchSearchHost:
     for batch in limited(self._data, self._calib_steps):
       self._forward_step(model, batch)
 
+  @property
+  def _loop_or_none(self) -> ForwardLoop | None:
+    return None if self._data is None else self._loop
+
   def prepare(self, name: str, config: Mapping[str, Any], report: list[dict[str, Any]]) -> None:
     twin = sharing_copy(self._model)
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", ConfigWarning)
-      quantize(twin, config, None if self._data is None else self._loop, self._group_rules, report)
+      simple = is_max(config)
+      quantize(twin, without_algorithm(config) if simple else config, self._loop_or_none, self._group_rules, report)
+      if simple and self._shared.takes(twin):
+        self._shared.add(twin)  # its activations when they are needed, with those of the other formats
+      elif simple:
+        calibrate(twin, "max", self._loop_or_none)
     twin.eval().requires_grad_(False)
     self._twins[name] = {layer: module for layer, module in twin.named_modules() if isinstance(module, QuantWeight)}
 
   def gradient_scores(self, number: int, batch: Any, choices: Choices) -> Scores:
+    self._shared.run(self._loop_or_none)
     return gradient_scores(self._floating, self._twins, choices, number, lambda model: self._backward(model, batch))
 
   def _backward(self, model: nn.Module, batch: Any) -> Tensor | None:
@@ -123,6 +137,7 @@ class TorchSearchHost:
     return self._loss_func(self._forward_step(model, batch), batch)
 
   def kl_scores(self, number: int, batch: Any, choices: Choices, groups: Mapping[str, Sequence[str]]) -> Scores:
+    self._shared.run(self._loop_or_none)
     return kl_scores(self._floating, self._twins, choices, groups, number, lambda model: self._forward_step(model, batch))
 
   def hessian_traces(
@@ -143,7 +158,14 @@ class TorchSearchHost:
 
   def finish(self, config: Mapping[str, Any], report: list[dict[str, Any]]) -> None:
     self._twins.clear()
-    quantize(self._model, config, None if self._data is None else self._loop, self._group_rules, report)
+    if not is_max(config):
+      quantize(self._model, config, self._loop_or_none, self._group_rules, report)
+      return
+    with restored_on_error(self._model):
+      with no_amax_yet():
+        quantize(self._model, without_algorithm(config), None, self._group_rules, report)
+      if not self._shared.install(self._model):
+        calibrate(self._model, "max", self._loop_or_none)
 
 
 def _described(name: str, module: QuantWeight) -> SearchLayer:
