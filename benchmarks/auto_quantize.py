@@ -98,7 +98,8 @@ def peer_search(options: Options, model: Any, batches: list[np.ndarray]) -> tupl
   loader = [torch.from_numpy(ids).long() for ids in batches]
   found, _ = mtq.auto_quantize(
     copy.deepcopy(model),
-    constraints={"effective_bits": options.effective_bits},
+    # The output layer stays in float and out of the count, as the presets of both sides mean it.
+    constraints={"effective_bits": options.effective_bits, "cost": {"excluded_module_name_patterns": list(OFF)}},
     quantization_formats=[copy.deepcopy(getattr(mtq, name)) for name in options.formats],
     data_loader=loader,
     forward_step=lambda m, ids: m(input_ids=ids, labels=ids),
