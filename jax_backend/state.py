@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 
 from core import state as files
 from core.state import Leaf, State, Tensor
@@ -295,3 +296,40 @@ def _leave(y: np.ndarray, seen: layouts.View, shape: tuple[int, ...]) -> np.ndar
     return y.reshape(shape)
   moved = tuple(shape[a] for a in seen.transpose)
   return np.transpose(y.reshape(moved), np.argsort(seen.transpose))
+
+
+# -- flax.serialization ----------------------------------------------------------------------------------------------------------------
+
+
+def _to_state_dict(quantizer: Quantizer) -> dict[str, Any]:
+  return {field: value for field in files.FIELDS if (value := getattr(quantizer, field)) is not None}
+
+
+def _from_state_dict(quantizer: Quantizer, held: Mapping[str, Any]) -> Quantizer:
+  """The quantizer with the arrays of a checkpoint; formats and switches are those of the target."""
+  own = _to_state_dict(quantizer)
+  if set(own) != set(held) or any(np.shape(own[field]) != np.shape(held[field]) for field in own):
+    raise ValueError(
+      f"a quantizer ({quantizer.config.describe()}) of the checkpoint has {_shapes(held)}, the target has {_shapes(own)}; make the target "
+      "with restore() from files that were saved with this checkpoint"
+    )
+  values = {field: jnp.asarray(value) for field, value in held.items()}
+  given = quantizer.with_amax(values.pop("amax", None), values.pop("tensor_amax", None))
+  return given.replace(**values)
+
+
+def _shapes(held: Mapping[str, Any]) -> str:
+  return ", ".join(f"{field} {list(np.shape(value))}" for field, value in held.items()) or "no arrays"
+
+
+def _register() -> None:
+  serialization.register_serialization_state(Quantizer, _to_state_dict, _from_state_dict, override=True)
+  serialization.register_serialization_state(
+    SequentialQuantizer,
+    lambda sequence: {str(i): _to_state_dict(q) for i, q in enumerate(sequence.children)},
+    lambda sequence, held: SequentialQuantizer(tuple(_from_state_dict(q, held[str(i)]) for i, q in enumerate(sequence.children))),
+    override=True,
+  )
+
+
+_register()

@@ -67,10 +67,10 @@ class Stacks:
       if quantizer.stack and shape:
         sizes[path] = shape
     self._depths: dict[Path, tuple[int, ...]] = {path: self._numbered(path, len(stack)) for path, stack in self._stack.items()}
-    self._sizes = {path: sizes.get(path, ()) for path in self._stack}
+    self._sizes = {path: sizes.get(path) or self._sizes_near(path, sizes) for path in self._stack}
     self._around: dict[Path, set[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]] = collections.defaultdict(set)
     for path, stack in self._stack.items():
-      if stack and self._sizes[path]:
+      if stack:
         for depth in range(self._depths[path][0], len(path) + 1):
           self._around[path[:depth]].add((stack, self._sizes[path], self._depths[path]))
 
@@ -82,6 +82,16 @@ class Stacks:
       depths.append(next(d for d in range(start, len(path) + 1) if self._all_stacked(path[:d], level)))
     return tuple(depths)
 
+  def _sizes_near(self, path: Path, sizes: Mapping[Path, tuple[int, ...]]) -> tuple[int, ...]:
+    """Lengths of the stacked axes of a module that has no array of its own to tell: those of the nearest one that is stacked alike."""
+    if not self._stack[path]:
+      return ()
+    for depth in range(len(path) - 1, -1, -1):
+      near = {n for p, n in sizes.items() if p[:depth] == path[:depth] and self._stack[p] == self._stack[path]}
+      if len(near) == 1:
+        return near.pop()
+    raise ValueError(f"nothing tells how many copies of {'/'.join(path)!r} are stacked; register a module with weights inside the stack")
+
   def _all_stacked(self, prefix: Path, level: int) -> bool:
     return all(len(stack) > level for path, stack in self._stack.items() if path[: len(prefix)] == prefix)
 
@@ -90,7 +100,7 @@ class Stacks:
 
     A module without quantizers (a norm of the model's own) is stacked as the quantized modules around it are, where its shape allows it.
     """
-    if path in self._stack and (not self._stack[path] or self._sizes[path]):
+    if path in self._stack:
       return self._stack[path], self._sizes[path], self._depths[path]
     for depth in range(len(path), 0, -1):
       for stack, sizes, depths in sorted(self._around.get(path[:depth], ())):
@@ -100,14 +110,8 @@ class Stacks:
 
   def copies(self, path: Path) -> Iterator[tuple[tuple[int, ...], str]]:
     """(index, dotted name of the module) of every copy of a quantized module."""
-    stack, sizes, depths = self._stack[path], self._sizes[path], self._depths[path]
-    if stack and not sizes:
-      stack, sizes, depths = self.of(path, ())
-    for index in itertools.product(*map(range, sizes)):
-      yield index, name_of(path, index, depths)
-
-  def sizes(self, path: Path) -> tuple[int, ...]:
-    return self._sizes[path]
+    for index in itertools.product(*map(range, self._sizes[path])):
+      yield index, name_of(path, index, self._depths[path])
 
   def numbered(self, group: str, path: Path, index: tuple[int, ...]) -> str:
     """The key of a group of siblings, with the number of the copy."""

@@ -242,7 +242,7 @@ def test_what_cannot_be_saved(tmp_path):
   assert not list(tmp_path.iterdir())
   with pytest.raises(FileNotFoundError, match=f"no {DOCUMENT}"):
     tb.restore(net, tmp_path)
-  with pytest.raises(TypeError, match="takes an nn.Module"):
+  with pytest.raises(TypeError, match=r"takes an nn\.Module"):
     tb.restore({}, tmp_path)  # type: ignore[arg-type]
 
 
