@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 from jax.core import Tracer
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
@@ -19,7 +21,7 @@ import core
 from core.export.onnx_model import finish, write
 from core.export.onnx_packages import package
 from core.export.onnx_piece import DOMAIN, PLACEHOLDER, OnnxOptions, Piece
-from jax_backend import affine, layouts, tree
+from jax_backend import affine, layouts, packed, tree
 from jax_backend.apply import QuantModule
 from jax_backend.quantizer import _LEAVES, QUANTIZE, AnyQuantizer, Quantizer, SequentialQuantizer
 
@@ -77,27 +79,42 @@ def export_onnx(
     ValueError: the model is not quantized, an option is not allowed, or ONNX cannot express a quantizer; named.
   """
   options = OnnxOptions.make(opset, form, fp4)
-  jax2onnx, _ = package("jax2onnx"), package("onnx")
-  _register_plugin()
+  package("onnx")
+  with _quiet():
+    jax2onnx = package("jax2onnx")
+    _register_plugin()
   if not any(True for _ in tree.items(qvariables.get("quant", {}))):
     raise ValueError("the variables hold no quantizers; call quantize first")
   recorder = _Recorder()
-  traced = {**qvariables, "quant": _with_placeholders(qvariables, recorder)}
+  traced = _with_placeholders(qvariables, recorder)
   inputs = [_as_struct(a) for a in args]
   with recorder.tracing():
     closed, shape = jax.make_jaxpr(lambda *xs: qmodule.apply(traced, *xs, method=method, **dict(kwargs or {})), return_shape=True)(*inputs)
   names = output_names or [f"output_{i}" for i in range(len(jax.tree.leaves(shape)))]
-  model = jax2onnx.to_onnx(
-    jaxpr_as_fun(closed),
-    inputs=inputs,
-    opset=min(options.opset, 23),
-    return_mode="ir",
-    input_names=input_names or [f"input_{i}" for i in range(len(inputs))],
-    output_names=names,
-  )
+  with _quiet():
+    model = jax2onnx.to_onnx(
+      jaxpr_as_fun(closed),
+      inputs=inputs,
+      opset=min(options.opset, 23),
+      return_mode="ir",
+      input_names=input_names or [f"input_{i}" for i in range(len(inputs))],
+      output_names=names,
+    )
   finish(model, recorder.pieces, options)
   write(model, path)
   return Path(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+  """jax2onnx warns of each of its plugins that does not fit this version of JAX; what a model lacks is an error of its own."""
+  logger = logging.getLogger("jax2onnx.plugins.plugin_system")
+  before = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    logger.setLevel(before)
 
 
 def _as_struct(array: Any) -> jax.ShapeDtypeStruct:
@@ -115,8 +132,10 @@ class _Recorder:
   def tracing(self) -> Any:
     """From here on tensors are traced; before, they are weights."""
     self._tracing = True
-    yield
-    self._tracing = False
+    try:
+      yield
+    finally:
+      self._tracing = False
 
   def quantize(self, quantizer: _Placeholder, shown: Any, seen: layouts.View, spec: core.QuantSpec) -> Any:
     """The placeholder of a tensor in the axes of its view; the codes of a weight."""
@@ -187,27 +206,42 @@ jax.tree_util.register_dataclass(
 
 
 def _with_placeholders(qvariables: Mapping[str, Any], recorder: _Recorder) -> dict[str, Any]:
-  """The quantizer tree with placeholders; the weights' codes go to the recorder."""
-  entries = {}
+  """The variables with placeholders in the place of quantizers; the weights' codes go to the recorder."""
+  params, entries = qvariables.get("params", {}), {}
   for path, name, quantizer in tree.items(qvariables["quant"]):
+    label = tree.full_name(path, name)
     if quantizer.stack:
-      raise ValueError(
-        f"quantizer {tree.full_name(path, name)!r} is a stack (nn.scan or nn.vmap); build the model without it (scan_layers=False)"
-      )
-    entries[path, name] = replaced = _placeholder_of(quantizer, tree.full_name(path, name), recorder)
-    first = replaced.leaves[0]
-    if first.param is not None and first.mode == QUANTIZE:
-      from flax.core import meta
+      raise ValueError(f"quantizer {label!r} is a stack (nn.scan or nn.vmap); build the model without it (scan_layers=False)")
+    replaced = _placeholder_of(quantizer, label, recorder)
+    first, place = replaced.leaves[0], (*path, quantizer.param or "")
+    if quantizer.leaves[0].packed is not None:
+      params = _put(params, place, _unpacked(quantizer, first.label, recorder))
+    elif quantizer.param is not None and first.mode == QUANTIZE:
+      first(meta.unbox(tree.lookup(params, place)))
+    entries[path, name] = replaced
+  return {**qvariables, "params": params, "quant": tree.build(entries)}
 
-      first(meta.unbox(tree.lookup(qvariables["params"], (*path, first.param))))
-  return tree.build(entries)
+
+def _unpacked(quantizer: AnyQuantizer, label: str, recorder: _Recorder) -> Any:
+  """The values of a compressed weight, for the shape of the graph; its codes go to the recorder."""
+  held = quantizer.leaves[0].packed
+  if held.offset is not None:
+    raise ValueError(f"quantizer {label!r} holds a compressed weight with a bias; decompress the model to export it")
+  stored = core.unpack_tensor(jax.tree.map(np.asarray, held).tensor)
+  recorder.pieces[label] = Piece(label, stored.spec, weight=stored)
+  return packed.values(quantizer, rest=False)
+
+
+def _put(node: Any, path: tuple[str, ...], value: Any) -> Any:
+  """The tree with a value at a path that need not exist."""
+  return {**(node or {}), path[0]: _put((node or {}).get(path[0]), path[1:], value)} if path else value
 
 
 def _placeholder_of(quantizer: AnyQuantizer, label: str, recorder: _Recorder) -> AnyQuantizer:
   if isinstance(quantizer, SequentialQuantizer):
     return SequentialQuantizer(tuple(_placeholder_of(q, f"{label}.{i}", recorder) for i, q in enumerate(quantizer.children)))  # type: ignore[arg-type]
   fields = {f.name: getattr(quantizer, f.name) for f in dataclasses.fields(Quantizer)}
-  return _Placeholder(**fields, label=label, recorder=recorder)
+  return _Placeholder(**{**fields, "packed": None}, label=label, recorder=recorder)
 
 
 def _register_plugin() -> None:
