@@ -11,7 +11,11 @@ from typing import Any
 
 from core.calibrate.report import print_calibration_report
 from core.config import DEFAULT_GROUPS, EXPERT_GROUPS, PRESETS, ConfigWarning, QuantizerConfig, choices, preset
+from core.search.groups import SEARCH_GROUPS
+from core.search.report import print_auto_quantize_summary
+from core.search.state import get_auto_quantize_config, pareto_front
 from jax_backend.apply import QuantModule
+from jax_backend.auto_quantize import auto_quantize
 from jax_backend.calibrate import Runner, calibrate, max_calibrate, register_algorithm
 from jax_backend.compress import compress, compression_report, decompress, is_compressed, print_compression_report
 from jax_backend.convert import quantize
@@ -28,12 +32,14 @@ from jax_backend.weights import weight_quantization
 __all__ = [
   "DEFAULT_GROUPS",
   "EXPERT_GROUPS",
+  "SEARCH_GROUPS",
   "ConfigWarning",
   "QuantModule",
   "Quantizer",
   "QuantizerConfig",
   "Runner",
   "SequentialQuantizer",
+  "auto_quantize",
   "calibrate",
   "choices",
   "compress",
@@ -44,10 +50,13 @@ __all__ = [
   "export",
   "export_onnx",
   "fold_weight",
+  "get_auto_quantize_config",
   "is_compressed",
   "is_quantized",
   "max_calibrate",
+  "pareto_front",
   "preset",
+  "print_auto_quantize_summary",
   "print_calibration_report",
   "print_compression_report",
   "print_quant_summary",
