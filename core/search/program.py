@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 MOST_STATES = 400_000
+MOST_STATES_OF_SEVERAL_LIMITS = 20_000  # where ways are compared one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +43,13 @@ class _Level:
   choice: np.ndarray
 
 
-def states_of(program: Program, start: Sequence[int]) -> tuple[list[int], bool]:
+def states_of(program: Program, start: Sequence[int], prices: Sequence[float] = ()) -> tuple[list[int], bool]:
   """The best choice per group.
 
   Args:
     program: the problem.
     start: a solution that prunes; it may break a limit by a rounding error, then it only serves if nothing else is found.
+    prices: of a unit of each limit, not negative, in scores: they make a bound (Lagrange's) of all limits together. () for none.
 
   Returns:
     (place per group, whether it is proven to be the best). Least score, then least costs in the order of the limits, then the smallest
@@ -56,15 +58,19 @@ def states_of(program: Program, start: Sequence[int]) -> tuple[list[int], bool]:
   ceiling = program.score(start) if program.is_feasible(start) else None
   relaxations = [_Relaxation.of(program, k) for k in range(len(program.bounds))]
   rest = np.cumsum([0, *(int(s.min()) for s in reversed(program.scores))])[::-1]
+  priced = _Priced.of(program, prices) if len(prices) else None
   limits = len(program.bounds)
+  most = MOST_STATES if limits < 2 else min(MOST_STATES, MOST_STATES_OF_SEVERAL_LIMITS)
   level = _Level(np.zeros(1, np.int64), np.zeros((limits, 1), np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64))
   levels = []
   for place, scores in enumerate(program.scores):
     grown = _grow(level, scores, [costs[place] for costs in program.costs])
     level = _kept(grown, _alive(grown, program, relaxations, place + 1, int(rest[place + 1]), ceiling))
-    level = _kept(level, _undominated(level))
-    if len(level.scores) > MOST_STATES or not len(level.scores):
+    if priced is not None and ceiling is not None:
+      level = _kept(level, priced.bound(place + 1, level) <= ceiling)
+    if len(level.scores) > most or not len(level.scores):
       return list(start), False
+    level = _kept(level, _undominated(level))
     levels.append(level)
   order = np.lexsort((*level.costs[::-1], level.scores))
   index = int(order[0])
@@ -120,6 +126,34 @@ def _undominated(level: _Level) -> np.ndarray:
       held[len(kept)] = rows[:, i]
       kept.append(i)
   return np.sort(order[kept])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Priced:
+  """Lower bounds of whole scores with every limit at a price: score + sum of price (cost - bound), and the least of that for the rest.
+
+  References: Everett, 1963, "Generalized Lagrange multiplier method".
+  """
+
+  prices: np.ndarray
+  bounds: np.ndarray
+  rest: np.ndarray
+
+  @classmethod
+  def of(cls, program: Program, prices: Sequence[float]) -> _Priced:
+    rates = np.maximum(np.asarray(prices, float), 0.0)
+    least = [
+      float(np.min(scores + rates @ np.stack([costs[place] for costs in program.costs]).astype(float)))
+      for place, scores in enumerate(program.scores)
+    ]
+    return cls(rates, np.array(program.bounds, float), np.cumsum([0.0, *least[::-1]])[::-1])
+
+  def bound(self, place: int, level: _Level) -> np.ndarray:
+    """[n], a little below the true one for the rounding of floats."""
+    paid = self.prices @ level.costs.astype(float)
+    budget = float(self.prices @ self.bounds)
+    value = level.scores + paid - budget + self.rest[place]
+    return value - 2.0 - 1e-11 * (np.abs(paid) + budget + abs(self.rest[place]) + level.scores)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,7 +111,7 @@ def solve(scores: Table, limits: Sequence[Limit]) -> Solution:
     [on_grid(rows)[0] for rows in cost_rows],
     [_whole_bound(rows, limit) for rows, limit in zip(cost_rows, limits, strict=True)],
   )
-  chosen, proven = states_of(program, _highs(program, limits))
+  chosen, proven = states_of(program, _highs(program, limits), _prices(program) if len(limits) > 1 else ())
   assignment = {n: row[i] for n, row, i in zip(names, formats, chosen, strict=True)}
   return Solution(assignment, math.fsum(scores[n][f] for n, f in assignment.items()), proven)
 
@@ -169,3 +169,17 @@ def _highs(program: Program, limits: Sequence[Limit]) -> list[int]:
     named = ", ".join(f"{limit.name} <= {limit.bound:g} (alone at least {_up(limit.least()):.7g})" for limit in limits)
     raise ValueError(f"the limits cannot all be kept at once: {named}; allow more of one of them")
   return chosen
+
+
+def _prices(program: Program) -> list[float]:
+  """What one unit of every limit is worth in scores: the dual solution of the linear relaxation."""
+  from scipy import optimize
+
+  sizes = [len(row) for row in program.scores]
+  scores = np.concatenate(program.scores).astype(float)
+  top, units = max(float(scores.max()), 1.0), np.maximum(np.array(program.bounds, float), 1.0)
+  costs = np.stack([np.concatenate(rows).astype(float) for rows in program.costs]) / units[:, None]
+  equal = np.repeat(np.eye(len(sizes)), sizes, axis=1)
+  bounds = np.array(program.bounds, float) / units
+  result = optimize.linprog(scores / top, A_ub=costs, b_ub=bounds, A_eq=equal, b_eq=np.ones(len(sizes)), method="highs")
+  return [] if result.x is None else (-result.ineqlin.marginals * top / units).tolist()
