@@ -11,6 +11,19 @@ from core.export.plan import LAYOUTS, plan
 from core.export.read import Artefact, read
 from core.export.safetensors_file import File
 from core.export.source import Source, Stage
-from core.export.weights_only import export_weights
+from core.export.weights_only import FolderSource, export_weights
 
-__all__ = ["LAYOUTS", "Artefact", "File", "Source", "Stage", "Stored", "check_free", "export_weights", "plan", "read", "write"]
+__all__ = [
+  "LAYOUTS",
+  "Artefact",
+  "File",
+  "FolderSource",
+  "Source",
+  "Stage",
+  "Stored",
+  "check_free",
+  "export_weights",
+  "plan",
+  "read",
+  "write",
+]

@@ -117,8 +117,7 @@ def _integer(subject: Subject, inputs: dict[str, Any] | None) -> Planned:
   if spec.zero_point and not (packed and g.kind in ("channel", "group")):
     raise Refusal("asymmetric weights are read only packed (without a quantized input), with a scale per channel or group")
   args = _args(element.bits, "int", **named, symmetric=not spec.zero_point)
-  kind = "F16" if spec.scale_format is not None else "F32"
-  entries = {"weight_scale": Entry(kind, shape)}
+  entries = {"weight_scale": Entry("F32", shape)}  # float16 scales as well: clients compute in the type of the scale
   outputs, columns = subject.shape
   if packed:
     entries |= {
@@ -131,7 +130,7 @@ def _integer(subject: Subject, inputs: dict[str, Any] | None) -> Planned:
     entries["weight"] = Entry("I8", subject.shape)
 
   def make(q: QuantizedTensor) -> dict[str, np.ndarray]:
-    made = {"weight_scale": np.asarray(q.scale, np.float16 if kind == "F16" else np.float32).reshape(shape)}
+    made = {"weight_scale": np.asarray(q.scale, np.float32).reshape(shape)}
     if not packed:
       return made | {"weight": q.codes}
     made |= {"weight_packed": packing.pack_words(q.codes, element.bits), "weight_shape": np.asarray(subject.shape, np.int64)}
@@ -144,11 +143,10 @@ def _integer(subject: Subject, inputs: dict[str, Any] | None) -> Planned:
 
 def _float8(subject: Subject) -> Planned:
   _, named, shape = _strategy(subject)
-  kind = "F16" if subject.spec.scale_format is not None else "F32"
-  entries = {"weight": Entry("F8_E4M3", subject.shape), "weight_scale": Entry(kind, shape)}
+  entries = {"weight": Entry("F8_E4M3", subject.shape), "weight_scale": Entry("F32", shape)}
 
   def make(q: QuantizedTensor) -> dict[str, np.ndarray]:
-    return {"weight": q.codes, "weight_scale": np.asarray(q.scale, np.float16 if kind == "F16" else np.float32).reshape(shape)}
+    return {"weight": q.codes, "weight_scale": np.asarray(q.scale, np.float32).reshape(shape)}
 
   return Planned({"weights": _args(8, "float", **named), "format": "float-quantized"}, entries, make)
 

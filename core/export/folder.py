@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from core.export import card as model_card
-from core.export.plan import DTYPES, Item, Plan, plan, warn
+from core.export.plan import DTYPES, HEAD, Item, Plan, plan, warn
 from core.export.safetensors_file import Entry, Writer
 from core.export.source import Source
 
@@ -67,7 +69,8 @@ def write(
   limit = shard_size(max_shard_size)
   check_free(target, overwrite)
   config = config if config is not None else _read_json(Path(base) / "config.json") if base is not None else None
-  made = plan(source, layout, dtype, bool((config or {}).get("tie_word_embeddings")) and "lm_head.weight" not in source.parameter_shapes())
+  tied = bool((config or {}).get("tie_word_embeddings")) and _is_tied(source)
+  made = plan(source, layout, dtype, tied)
   if config is None:
     made.notes.append(
       "config.json says only how the model is quantized; give `source`, the folder of the float model, for one that clients load"
@@ -75,7 +78,7 @@ def write(
   warn(made)
   with _beside(target, overwrite) as work:
     write_tensors(made, work, limit)
-    _write_json(work / "config.json", _config(config or {}, made, source, dtype))
+    _write_json(work / "config.json", _config(config or {}, made, source, dtype, tied))
     for name, content in made.beside.items():
       _write_json(work / name, content)
     _copy(base, work, tokenizer, generation)
@@ -166,9 +169,20 @@ def _metadata(made: Plan, tensors: set[str]) -> dict[str, str]:
 # -- everything else ---------------------------------------------------------------------------------------------------------------
 
 
-def _config(base: Mapping[str, Any], made: Plan, source: Source, dtype: str | None) -> dict[str, Any]:
+def _is_tied(source: Source) -> bool:
+  """Whether the head is still the table of embeddings: it has no weight, or an equal one that is not quantized."""
+  shapes = source.parameter_shapes()
+  if HEAD not in shapes:
+    return "lm_head" not in source.weighted() or not source.weight_stages("lm_head")
+  if source.weight_stages("lm_head"):
+    return False
+  tables = [f"{name}.weight" for name in source.weighted() if source.is_table(name) and not source.weight_stages(name)]
+  return any(shapes.get(name) == shapes[HEAD] and np.array_equal(source.tensor(name), source.tensor(HEAD)) for name in tables)
+
+
+def _config(base: Mapping[str, Any], made: Plan, source: Source, dtype: str | None, tied: bool) -> dict[str, Any]:
   config = {key: value for key, value in base.items() if key != "quantization_config"}
-  if "lm_head.weight" in source.parameter_shapes() and config.get("tie_word_embeddings"):
+  if config.get("tie_word_embeddings") and not tied:
     config["tie_word_embeddings"] = False  # calibration gave the head a weight of its own
   held = dtype or _common_type(source)
   for key in ("dtype", "torch_dtype"):

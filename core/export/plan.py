@@ -17,6 +17,7 @@ from core.export.safetensors_file import Entry, to_bits
 from core.export.source import Refusal, Source, Subject, check, codes_of, few, granularity, label, natural, subjects
 
 LAYOUTS: dict[str, Any] = {compressed_tensors.NAME: compressed_tensors, modelopt.NAME: modelopt}
+HEAD = "lm_head.weight"
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -56,7 +57,7 @@ def plan(source: Source, layout: str, dtype: str | None = None, tied_head: bool 
     source: the model.
     layout: "compressed-tensors" or "modelopt".
     dtype: of the unquantized tensors; None leaves each in its own.
-    tied_head: whether the head shares the embedding's weight.
+    tied_head: whether the head is the table of embeddings and gets no tensor of its own.
 
   Raises:
     ValueError: an unknown layout or dtype, nothing is quantized, or something cannot be expressed: names the layers and which layouts can.
@@ -75,7 +76,7 @@ def plan(source: Source, layout: str, dtype: str | None = None, tied_head: bool 
   if tied_head and "lm_head" not in (*layers, *quiet):
     quiet.append("lm_head")
   notes = [*_notes(layout, layers), *_sibling_notes(found), *_input_notes(layout, found)]
-  items = _items(source, found, layers, dtype, caches)
+  items = _items(source, found, layers, dtype, caches, {HEAD} if tied_head else set())
   exact = {subject.label: tensor_scale(source, subject) for subject in found if layers[subject.label].tensor_scale}
   cache = next(iter(caches.values()), None)
   if layout == modelopt.NAME:
@@ -239,9 +240,10 @@ def _items(
   layers: dict[str, Planned],
   dtype: str | None,
   caches: dict[str, tuple[dict[str, Any], str, np.ndarray]],
+  left_out: set[str],
 ) -> list[Item]:
   items = {subject.label: _layer_item(source, subject, layers[subject.label]) for subject in found}
-  done = {f"{subject.name}.weight" for subject in found}
+  done = left_out | {f"{subject.name}.weight" for subject in found}
   types = source.parameter_types()
   for name in source.parameter_shapes():
     if name not in done:

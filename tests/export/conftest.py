@@ -8,8 +8,15 @@ import pytest
 
 from tests.experiments import tiny
 
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
+
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
-  return tiny.llama_folder(tmp_path_factory.mktemp("llama") / "model", **sizes)
+  return tiny.llama_folder(tmp_path_factory.mktemp("llama") / "model", **SIZES)
+
+
+@pytest.fixture(scope="session")
+def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """The head is the table of embeddings."""
+  return tiny.llama_folder(tmp_path_factory.mktemp("tied") / "model", **SIZES, tie_word_embeddings=True)
