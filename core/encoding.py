@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
+
 from core import bits, rounding
 from core.arrays import Array, namespace
 from core.formats import CodebookFormat, FloatFormat, Format, IntFormat
@@ -120,20 +124,21 @@ def unpack_codes(packed: Array, width: int, length: int, signed: bool = False) -
   _check_width(width)
   if packed.shape[-1] * 8 < length * width:
     raise ValueError(f"{packed.shape[-1]} packed bytes hold {packed.shape[-1] * 8 // width} codes of {width} bits; {length} were asked for")
+  if width == 8:
+    return xp.int8_view(packed[..., :length]) if signed else packed[..., :length]
   data = xp.int32(packed)
-  if width != 8:
-    per_group, bytes_per_group = _group(width)
-    data = _pad_last(xp, data, bytes_per_group)
-    groups = data.reshape((*data.shape[:-1], data.shape[-1] // bytes_per_group, bytes_per_group))
-    out = []
-    for j in range(per_group):
-      byte, offset = divmod(j * width, 8)
-      value = groups[..., byte] >> offset
-      if offset + width > 8:
-        value = value | (groups[..., byte + 1] << (8 - offset))
-      out.append(value & ((1 << width) - 1))
-    data = xp.stack(out, -1)
-    data = data.reshape((*packed.shape[:-1], data.shape[-2] * per_group))
+  per_group, bytes_per_group = _group(width)
+  data = _pad_last(xp, data, bytes_per_group)
+  groups = data.reshape((*data.shape[:-1], data.shape[-1] // bytes_per_group, bytes_per_group))
+  out = []
+  for j in range(per_group):
+    byte, offset = divmod(j * width, 8)
+    value = groups[..., byte] >> offset
+    if offset + width > 8:
+      value = value | (groups[..., byte + 1] << (8 - offset))
+    out.append(value & ((1 << width) - 1))
+  data = xp.stack(out, -1)
+  data = data.reshape((*packed.shape[:-1], data.shape[-2] * per_group))
   data = data[..., :length]
   if not signed:
     return xp.uint8(data)
@@ -152,8 +157,24 @@ def decode_packed(packed: Array, fmt: Format, length: int) -> Array:
   Returns:
     [..., K] float32.
   """
+  xp = namespace(packed)
+  if not xp.likes_tables(packed):
+    return decode(unpack_codes(packed, fmt.bits, length, isinstance(fmt, IntFormat) and fmt.signed), fmt)
+  if isinstance(fmt, IntFormat) and fmt.bits == 8:
+    return xp.float32(unpack_codes(packed, 8, length, fmt.signed))
+  if 8 % fmt.bits:
+    return xp.take_rows(_table(fmt, 1), unpack_codes(packed, fmt.bits, length))[..., 0]
+  per_byte = 8 // fmt.bits
+  levels = xp.take_rows(_table(fmt, per_byte), packed)
+  return levels.reshape((*packed.shape[:-1], packed.shape[-1] * per_byte))[..., :length]
+
+
+@functools.cache
+def _table(fmt: Format, count: int) -> np.ndarray:
+  """[2^(bits * count), count] float32: the levels of the codes in every byte that holds that many."""
   signed = isinstance(fmt, IntFormat) and fmt.signed
-  return decode(unpack_codes(packed, fmt.bits, length, signed), fmt)
+  every = np.arange(2 ** (fmt.bits * count), dtype=np.uint8)[:, None]
+  return decode(unpack_codes(every, fmt.bits, count, signed), fmt)
 
 
 def _group(width: int) -> tuple[int, int]:

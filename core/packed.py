@@ -20,7 +20,7 @@ class PackedTensor(NamedTuple):
       the tensor's first axis and K all others together; [ceil(K * bits / 8)] of a vector.
     scale: one per group: uint8 codes (E8M0, E4M3, double quantization), float16, or float32.
     tensor_scale: float32 second-level scale, or None.
-    zero_point: int8 or uint8, or None.
+    zero_point: uint8, all zero points of `spec.element.bits` bits in a row, or None.
     spec: the specification.
     shape: the tensor's shape.
   """
@@ -49,7 +49,7 @@ def pack_tensor(q: QuantizedTensor) -> PackedTensor:
   scale = xp.float16(q.scale) if _narrow_scale(q.spec) else q.scale
   zero_point = q.zero_point
   if zero_point is not None:
-    zero_point = xp.int8(zero_point) if _signed(q.spec) else xp.uint8(zero_point)
+    zero_point = encoding.pack_codes(zero_point.reshape(-1), element.bits)
   return PackedTensor(codes, scale, q.tensor_scale, zero_point, q.spec, tuple(q.shape))
 
 
@@ -107,4 +107,7 @@ def _narrow_scale(spec: QuantSpec) -> bool:
 
 def _scales(xp, p: PackedTensor) -> tuple[Array, Array | None, Array | None]:
   scale = xp.float32(p.scale) if _narrow_scale(p.spec) else p.scale
-  return scale, p.tensor_scale, None if p.zero_point is None else xp.int32(p.zero_point)
+  if p.zero_point is None:
+    return scale, p.tensor_scale, None
+  zero_point = encoding.unpack_codes(p.zero_point, p.spec.element.bits, math.prod(scale.shape), _signed(p.spec))
+  return scale, p.tensor_scale, xp.int32(zero_point).reshape(scale.shape)

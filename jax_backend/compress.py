@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from core import compression
+from core import compression, integer_matmul
 from core.compression import CompressionReport, WeightSize
 from jax_backend import layouts, packed, tree, weights
+from jax_backend import matmul as products
 from jax_backend.apply import QuantModule
 from jax_backend.edit import is_quantized
+from jax_backend.interceptors import INPUT
 from jax_backend.packed import Packed
 from jax_backend.quantizer import CALIBRATE, FOLDED, QUANTIZE, AnyQuantizer, Quantizer, SequentialQuantizer
 from jax_backend.tree import Path
@@ -21,7 +24,9 @@ from jax_backend.tree import Path
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
-def compress(qmodule: QuantModule, qvariables: Mapping[str, Any], include: str | Iterable[str] | None = None) -> dict[str, Any]:
+def compress(
+  qmodule: QuantModule, qvariables: Mapping[str, Any], include: str | Iterable[str] | None = None, matmul: str | None = None
+) -> dict[str, Any]:
   """Replace weights by their codes and scales, packed. Outputs stay what simulation gave, bit for bit.
 
   The weight leaves `params`; its codes ride in its quantizer, in `quant`, and every call dequantizes them anew. Each layer is checked
@@ -33,16 +38,20 @@ def compress(qmodule: QuantModule, qvariables: Mapping[str, Any], include: str |
     qvariables: its variables; they are not changed, and their float weights are freed when nobody refers to them any more.
     include: a pattern, or several, of the layers to compress, for example "*.mlp.*"; None takes every layer with an enabled weight
       quantizer.
+    matmul: None dequantizes and leaves the product to the module. "int8" multiplies codes as integers: another arithmetic than the
+      simulation's, whose outputs are near its own and not equal (`core.integer_matmul`).
 
   Returns:
     New variables.
 
   Raises:
-    ValueError: the variables have no quantizers, a pattern matches no layer, or nothing could be compressed; names layers and reasons.
+    ValueError: the variables have no quantizers, matmul is unknown, a pattern matches no
+      layer, or nothing could be compressed; names layers and reasons.
 
   Warns:
     ConfigWarning: layers that cannot be compressed, with the reason.
   """
+  integer_matmul.check_name(matmul)
   done = _quantizers(qvariables)
   chosen = set(compression.selected(include, [_label(*key) for key, q in done.items() if q.param is not None]))
   params = qvariables.get("params", {})
@@ -54,7 +63,9 @@ def compress(qmodule: QuantModule, qvariables: Mapping[str, Any], include: str |
       count += label in chosen and quantizer.leaves[0].packed is not None
       continue
     reason = _refusal(quantizer, weight)
-    held = _packed(quantizer, weight) if reason is None else None
+    if reason is None and matmul is not None:
+      reason = products.refusal(quantizer, done.get((path, INPUT)))
+    held = _packed(quantizer, weight, matmul) if reason is None else None
     if held is None:
       refused[label] = reason or compression.NOT_EQUAL
       continue
@@ -151,16 +162,16 @@ def _refusal(quantizer: AnyQuantizer, weight: Any) -> str | None:
   return compression.refusal([q.spec for q in quantizer.leaves])
 
 
-def _packed(quantizer: AnyQuantizer, weight: Any) -> Packed | None:
+def _packed(quantizer: AnyQuantizer, weight: Any, matmul: str | None) -> Packed | None:
   """The codes of a weight; None where they do not stand for what the simulation computes."""
-  held = _pack(weights.bare(quantizer.leaves[0]), weight)
+  held = _pack(weights.bare(quantizer.leaves[0]), weight, matmul)
   same = _same(weights.quantized(quantizer, weight), weights.unpacked(_holding(quantizer, held)))
   return held if bool(same) else None
 
 
-@jax.jit
-def _pack(quantizer: Quantizer, weight: Any) -> Packed:
-  return layouts.over_stack(packed.pack, len(quantizer.stack))(quantizer, weight)
+@functools.partial(jax.jit, static_argnums=2)
+def _pack(quantizer: Quantizer, weight: Any, matmul: str | None) -> Packed:
+  return layouts.over_stack(functools.partial(packed.pack, matmul=matmul), len(quantizer.stack))(quantizer, weight)
 
 
 @jax.jit

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jax_backend import capture, low_rank, modules, packed, statistics, taps, tree
+from jax_backend import capture, low_rank, matmul, modules, packed, statistics, taps, tree
 from jax_backend.lifted import is_lifted
 from jax_backend.quantizer import CALIBRATE, AnyQuantizer
 from jax_backend.tree import RIDER, Rider
@@ -105,15 +105,18 @@ def quantizing(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn
 
 def _call(next_fun: Callable[..., Any], args: Any, kwargs: Any, module: nn.Module, own: dict[str, AnyQuantizer]) -> Any:
   into, out = own.get(INPUT), own.get(OUTPUT)
-  beside = None
+  beside, product = None, None
   if into is not None and (args or kwargs):
     x = modules.first_argument(args, kwargs)
     if hasattr(x, "dtype"):
       taps.show(module, INPUT, into, x)
       beside = low_rank.branch(own, into, x)
-      if into.acts:
+      weights = [q for q in own.values() if q.param is not None]
+      if matmul.asks(weights):
+        product = functools.partial(matmul.dense, module, weights[0].leaves[0], into.leaves[0], jnp.asarray(x))
+      elif into.acts:
         args, kwargs = modules.replace_first(args, kwargs, _pass(module, INPUT, into, jnp.asarray(x)))
-  y = next_fun(*args, **kwargs)
+  y = next_fun(*args, **kwargs) if product is None else product()
   if beside is not None:
     y = y + beside
   if out is not None and isinstance(y, jax.Array):

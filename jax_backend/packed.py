@@ -61,23 +61,38 @@ jax.tree_util.register_dataclass(
 )
 
 
-def pack(quantizer: Quantizer, weight: Any) -> Packed:
-  """Codes and scales of what a call makes of a weight.
+def codes(quantizer: Quantizer, x: Any) -> tuple[core.QuantizedTensor, Any]:
+  """What a call's result is made of, in the axes of the quantizer's view.
 
   Args:
-    quantizer: the (first) weight quantizer, without a stack.
-    weight: stored weight.
+    quantizer: without a stack.
+    x: [...] in the stored layout.
+
+  Returns:
+    (codes and scales; float32 offset that is added to what they stand for, or None).
   """
-  y = quantizer.prepare(weight)
-  seen, spec = quantizer.view(weight.shape)
+  y = quantizer.prepare(x)
+  seen, spec = quantizer.view(x.shape)
   shown = layouts.enter(y, seen)
   offset = quantizer._bias(shown, seen)
   if offset is not None:
     shown = shown.astype(jnp.float32) - offset
   amax = quantizer._fitted(quantizer.amax, shown.shape, seen, spec)
   tensor_amax = None if spec.dynamic else quantizer.tensor_amax
-  held = core.pack_tensor(core.quantize(shown, spec, amax, tensor_amax=tensor_amax))
-  return Packed(*held[:4], offset, spec, tuple(shown.shape), tuple(weight.shape), str(weight.dtype))
+  return core.quantize(shown, spec, amax, tensor_amax=tensor_amax), offset
+
+
+def pack(quantizer: Quantizer, weight: Any, matmul: str | None = None) -> Packed:
+  """Codes and scales of what a call makes of a weight.
+
+  Args:
+    quantizer: the (first) weight quantizer, without a stack.
+    weight: stored weight.
+    matmul: name of the arithmetic of the layer's product.
+  """
+  q, offset = codes(quantizer, weight)
+  held = core.pack_tensor(q)
+  return Packed(*held[:4], offset, q.spec, tuple(q.shape), tuple(weight.shape), str(weight.dtype), matmul)
 
 
 def values(quantizer: AnyQuantizer, rest: bool = True) -> Any:

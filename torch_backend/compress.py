@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import core
-from core import compression
+from core import compression, integer_matmul
 from core.compression import CompressionReport, WeightSize
 from core.config import ConfigWarning
+from torch_backend import matmul as products
 from torch_backend.modules import QuantWeight
 from torch_backend.names import compressed_layers, is_quantized
 from torch_backend.packed import PackedWeight
@@ -24,7 +25,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def compress(model: nn.Module, include: str | Iterable[str] | None = None) -> nn.Module:
+def compress(model: nn.Module, include: str | Iterable[str] | None = None, matmul: str | None = None) -> nn.Module:
   """Replace the weights of a quantized model by their codes and scales, packed, in place. The float weights are freed.
 
   Every call dequantizes a weight anew, so outputs stay what simulation gave, bit for bit: each layer is checked before its float weight
@@ -36,16 +37,20 @@ def compress(model: nn.Module, include: str | Iterable[str] | None = None) -> nn
     model: a quantized model.
     include: a pattern, or several, of the layers to compress, for example "*.mlp.*"; None takes every layer with an enabled weight
       quantizer.
+    matmul: None dequantizes and leaves the product to the layer. "int8" multiplies codes as integers: another arithmetic than the
+      simulation's, whose outputs are near its own and not equal (`core.integer_matmul`); without gradients.
 
   Returns:
     The same model.
 
   Raises:
-    ValueError: the model is not quantized, a pattern matches no layer, or nothing could be compressed; names layers and reasons.
+    ValueError: the model is not quantized, matmul is unknown, a pattern matches no
+      layer, or nothing could be compressed; names layers and reasons.
 
   Warns:
     ConfigWarning: layers that cannot be compressed, with the reason, and weights that another module still holds as floats.
   """
+  integer_matmul.check_name(matmul)
   modules = _modules(model)
   chosen = compression.selected(include, list(modules))
   refused: dict[str, str] = {}
@@ -57,7 +62,7 @@ def compress(model: nn.Module, include: str | Iterable[str] | None = None) -> nn
       if module.packed_weight is not None or not module.weight_quantizer.is_enabled:
         count += module.packed_weight is not None
         continue
-      reason = _refusal(module) or _replace(module, done)
+      reason = _refusal(module) or (products.refusal(module) if matmul is not None else None) or _replace(module, done, matmul)
       if reason is None:
         count += 1
       else:
@@ -154,13 +159,14 @@ def _refusal(module: QuantWeight) -> str | None:
   return compression.refusal([q.spec for q in quantizers])
 
 
-def _replace(module: QuantWeight, done: dict[int, list[tuple[Tensor, PackedWeight]]]) -> str | None:
+def _replace(module: QuantWeight, done: dict[int, list[tuple[Tensor, PackedWeight]]], matmul: str | None) -> str | None:
   """Put codes in the place of a layer's weight, if they stand for what the simulation computes; else the reason why not."""
   weight = module._parameters["weight"]
   assert weight is not None
   expected = module.compute_weight().detach()
   q, offset = tensor_quantizers(module.weight_quantizer)[0].codes(module.canonical(weight.detach()))
   held = PackedWeight(core.pack_tensor(q), offset, weight)
+  held.matmul = matmul
   held.requires_grad_weight = weight.requires_grad
   same = next((other for _, other in done.get(id(weight), []) if _same_state(held, other)), None)
   module.packed_weight = held if same is None else same
@@ -204,7 +210,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _same_state(a: PackedWeight, b: PackedWeight) -> bool:
-  if (a.spec, a.shape, a.dtype) != (b.spec, b.shape, b.dtype):
+  if (a.spec, a.shape, a.dtype, a.matmul) != (b.spec, b.shape, b.dtype, b.matmul):
     return False
   return all(
     (x is None) == (y is None) and (x is None or y is None or torch.equal(x, y))

@@ -27,6 +27,7 @@ class PackedWeight(nn.Module):
   Attributes:
     spec: format of the codes.
     shape: of the weight, [out, in, ...].
+    matmul: name of the arithmetic of the layer's product; None is that of the original forward.
     requires_grad_weight: whether the parameter it stands for was trained.
   """
 
@@ -39,6 +40,7 @@ class PackedWeight(nn.Module):
   def __init__(self, packed: core.PackedTensor, offset: Tensor | None, like: Tensor) -> None:
     super().__init__()
     self.spec, self.shape = packed.spec, packed.shape
+    self.matmul: str | None = None
     self.requires_grad_weight = True
     for name, value in zip(TENSORS, (*packed[:4], offset), strict=True):
       self.register_buffer(name, value)

@@ -107,6 +107,12 @@ class JaxNamespace:
   def take_last(self, x: Array, index: Array) -> Array:
     return x[..., index]
 
+  def int8_view(self, x: Array) -> Array:
+    return self.jax.lax.bitcast_convert_type(x, self.jnp.int8)
+
+  def likes_tables(self, x: Array) -> bool:
+    return False
+
   def concat(self, arrays: list[Array], axis: int) -> Array:
     return self.jnp.concatenate(arrays, axis=axis)
 

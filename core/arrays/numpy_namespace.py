@@ -102,6 +102,15 @@ class NumpyNamespace:
   def take_last(self, x: Array, index: Array) -> Array:
     return x[..., index]
 
+  def int8_view(self, x: Array) -> Array:
+    return np.ascontiguousarray(x).view(np.int8)
+
+  def likes_tables(self, x: Array) -> bool:
+    return True
+
+  def take_rows(self, table: np.ndarray, index: Array) -> Array:
+    return table[index]
+
   def concat(self, arrays: list[Array], axis: int) -> Array:
     return np.concatenate(arrays, axis=axis)
 

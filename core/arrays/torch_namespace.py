@@ -17,6 +17,7 @@ class TorchNamespace:
     self.torch = torch
     self.round, self.floor, self.abs, self.stack = torch.round, torch.floor, torch.abs, torch.stack
     self.where = torch.where
+    self._tables: dict[Any, tuple[Any, Array]] = {}  # with the numpy table, so that its id is not used twice
 
   def float32(self, x: Array) -> Array:
     return x.to(self.torch.float32)
@@ -102,6 +103,20 @@ class TorchNamespace:
 
   def take_last(self, x: Array, index: Array) -> Array:
     return x[..., index.long()]
+
+  def int8_view(self, x: Array) -> Array:
+    return x.view(self.torch.int8)
+
+  def likes_tables(self, x: Array) -> bool:
+    """Whether one look-up is faster than the arithmetic it stands for: eagerly yes; a compiler fuses arithmetic."""
+    return not self.torch.compiler.is_compiling()
+
+  def take_rows(self, table: Any, index: Array) -> Array:
+    """[..., C] of a numpy table [R, C] and an index [...] below R."""
+    held = self._tables.get((id(table), device := index.device))
+    if held is None:
+      held = self._tables[id(table), device] = (table, self.torch.from_numpy(table).to(device))
+    return self.torch.nn.functional.embedding(index.to(self.torch.int32), held[1])
 
   def concat(self, arrays: list[Array], axis: int) -> Array:
     return self.torch.cat(arrays, dim=axis)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_backend import statistics
+from torch_backend import matmul, statistics
 from torch_backend.packed import PackedWeight
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.sequential import Quantizer, tensor_quantizers
@@ -162,6 +162,11 @@ class QuantWeight(QuantInput):
     return weight.data_ptr(), statistics.version(weight), weight.dtype, weight.shape, statistics.checksum(weight), quantizers
 
   def forward(self, *args: Any, **kwargs: Any) -> Any:
+    held = self.packed_weight
+    if held is not None and held.matmul is not None:
+      beside = self._beside(args, kwargs)
+      output = matmul.linear(self, held, args[0] if args else next(iter(kwargs.values())))
+      return self._quantized_output(output if beside is None else output + beside)
     object.__setattr__(self, "_weight_in_use", self.quantized_weight())  # not registered as a parameter
     try:
       return super().forward(*args, **kwargs)
