@@ -36,11 +36,9 @@ def dynamic_steps(b: Builder, amax: Any, piece: Piece) -> Steps:
     ValueError: the rule needs more than standard operators; names the quantizer.
   """
   spec = piece.spec
-  if spec.four_over_six or spec.zero_point or spec.scale_format not in (None, E8M0, E4M3):
-    what = "four-over-six" if spec.four_over_six else "a zero point" if spec.zero_point else f"{spec.scale_format.name} scales"  # type: ignore[union-attr]
-    raise ValueError(
-      f"quantizer {piece.name!r}: {what} taken from each input cannot be written as ONNX; use a static quantizer, or disable it"
-    )
+  what = _not_expressible(spec)
+  if what is not None:
+    raise ValueError(f"quantizer {piece.name!r}: {what} taken from each input cannot be written as ONNX; make it static or disable it")
   if spec.scale_format == E8M0:
     return _power_of_two(b, amax, spec)
   if spec.two_level:
