@@ -14,13 +14,13 @@ import numpy as np
 from flax import serialization
 
 from core import state as files
-from core.state import Leaf, State, Tensor
-from jax_backend import discover, edit, layouts, tree
+from core.state import Leaf, Packed, State, Tensor
+from jax_backend import discover, edit, layouts, packing, tree
 from jax_backend.apply import QuantModule
 from jax_backend.convert import _example, check_module
 from jax_backend.edit import is_quantized
 from jax_backend.quantizer import CALIBRATE, FOLDED, OFF, PASS, QUANTIZE, AnyQuantizer, Quantizer, SequentialQuantizer
-from jax_backend.state_names import PASSING, Slot, Stacks, slots
+from jax_backend.state_names import PASSING, Slot, Stacks, slots, weight_name
 from jax_backend.tree import Path as ModulePath
 
 DTYPES: dict[str, Any] = {
@@ -114,12 +114,16 @@ def state_of(
   for name, slot in slots(qvariables, stacks).items():
     found[name] = _parameter(name, held[slot.collection, slot.path], slot)
   leaves: dict[str, tuple[Leaf, ...]] = {}
+  packed = {}
   for path, role, quantizer in tree.items(qvariables["quant"]):
     for index, owner in stacks.copies(path):
+      first = quantizer.leaves[0]
+      if first.packed is not None:
+        packed[weight_name(owner, str(quantizer.param))] = packing.to_files(first, index, _NAMES[np.dtype(first.packed.dtype)])
       name = f"{owner}.{role}" if owner else role
       leaves[name] = tuple(_leaf(name, q, index, stacks, path) for q in quantizer.leaves)
   given = qmodule.config if config is None else config
-  return State("jax", found, leaves, {}, files.plain(given, "config"), dict(metadata or {}), files.versions())
+  return State("jax", found, leaves, packed, {}, files.plain(given, "config"), dict(metadata or {}), files.versions())
 
 
 def _parameter(name: str, held: Any, slot: Slot) -> Tensor:
@@ -163,13 +167,20 @@ def apply(
   Raises:
     ValueError: it does not fit.
   """
+  variables = packing.with_room(variables)
   quant = _blank(module, variables, example_inputs)
   base = {**variables, "quant": quant}
   stacks = Stacks(quant, variables["params"])
   held = {(c, path): leaf for c in variables if c not in PASSING for path, leaf in tree.leaves(variables[c])}
   found = slots(base, stacks)
   shapes = {name: (_NAMES.get(np.dtype(held[s.collection, s.path].dtype), "?"), s.shape) for name, s in found.items()}
-  wanted = files.check_tensors(state, shapes, adopt_dtype)
+  layers = {
+    weight_name(owner, str(q.param)): (path, role, index)
+    for path, role, q in tree.items(quant)
+    if q.param is not None
+    for index, owner in stacks.copies(path)
+  }
+  wanted = files.check_tensors(state, shapes, adopt_dtype, layers)
   copies = {
     (path, role): [(index, f"{owner}.{role}" if owner else role) for index, owner in stacks.copies(path)]
     for path, role, _ in tree.items(quant)
@@ -179,7 +190,10 @@ def apply(
   for path, role, quantizer in tree.items(quant):
     weight = next((s.shape for s in found.values() if s.path == (*path, quantizer.param)), None)
     made[path, role] = _quantizer(quantizer, copies[path, role], state, stacks, path, weight)
-  return QuantModule(module, state.config), {**base, **_filled(variables, held, found, wanted), "quant": tree.build(made)}
+  plain = {name: tensor for name, tensor in wanted.items() if isinstance(tensor, Tensor)}
+  packed = {layers[name]: (found[name], weight) for name, weight in wanted.items() if isinstance(weight, Packed)}
+  filled = {**base, **_filled(variables, held, found, plain), "quant": tree.build(made)}
+  return QuantModule(module, state.config), packing.with_codes(filled, packed, {k: v.shape for k, v in held.items()})
 
 
 def _blank(module: nn.Module, variables: Mapping[str, Any], example_inputs: Any) -> dict[str, Any]:

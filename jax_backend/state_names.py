@@ -131,6 +131,8 @@ class Stacks:
 
 def _shape_of(quantizer: AnyQuantizer, params: Mapping[str, Any], path: Path) -> tuple[int, ...]:
   """Lengths of the stacked axes of a quantizer's module; () where nothing tells."""
+  if (packed := quantizer.leaves[0].packed) is not None:
+    return tuple(packed.codes.shape[: len(quantizer.stack)])
   if quantizer.param is not None:
     held = dict(tree.leaves(tree.lookup(params, (*path, quantizer.param))))
     return tuple(held[()].shape[axis] for axis in quantizer.stack)
@@ -147,6 +149,11 @@ def name_of(path: Path, index: tuple[int, ...], depths: tuple[int, ...]) -> str:
   for depth, number in sorted(zip(depths, index, strict=False), reverse=True):
     parts.insert(depth, str(number))
   return canonical_name("/".join(parts))
+
+
+def weight_name(owner: str, param: str) -> str:
+  """Name of a layer's weight."""
+  return ".".join(part for part in (owner, _LEAVES.get(param, param)) if part)
 
 
 def slots(variables: Mapping[str, Any], stacks: Stacks) -> dict[str, Slot]:

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
+import core
 from core import state as files
 from core.config.rules import Resolved
-from core.state import Leaf, State, Tensor
+from core.state import Leaf, Packed, State, Tensor
 from torch_backend import edit
 from torch_backend.convert import convert
 from torch_backend.modules import QuantWeight
 from torch_backend.names import is_quantized, quantizers, walk
+from torch_backend.packed import TENSORS, PackedWeight
 from torch_backend.parameters import _note_untied
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.quantizer_state import QuantizerState
@@ -99,16 +101,24 @@ def state_of(model: nn.Module, config: Mapping[str, Any] | None = None, metadata
       tied[name] = known
     else:
       found[name] = _tensor(name, _canonical(module, leaf, held.detach()))
+  packed = {}
+  for name, module in model.named_modules():
+    if isinstance(module, QuantWeight) and (held := module.packed_weight) is not None:
+      full = f"{name}.weight" if name else "weight"
+      if (known := first.setdefault(id(held), full)) != full:
+        tied[full] = known
+      else:
+        packed[full] = _packed(full, held)
   leaves = {name: tuple(_leaf(one) for one in tensor_quantizers(q)) for name, q in quantizers(model).items()}
   given = model.__dict__.get("_quantization_config") if config is None else config
-  return State("torch", found, leaves, tied, files.plain(given, "config"), dict(metadata or {}), files.versions())
+  return State("torch", found, leaves, packed, tied, files.plain(given, "config"), dict(metadata or {}), files.versions())
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, torch.Tensor]]:
   """(name, module, name in the module, tensor) of all parameters and persistent buffers that are no quantizer's."""
   found = []
   for path, module in model.named_modules():
-    if isinstance(module, QuantizerState):
+    if isinstance(module, QuantizerState | PackedWeight):
       continue
     held = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}}
     for leaf, tensor in held.items():
@@ -127,6 +137,11 @@ def _tensor(name: str, held: torch.Tensor) -> Tensor:
     what = "on the meta device, without data" if held.is_meta else f"of type {held.dtype}"
     raise ValueError(f"tensor {name!r} is {what} and cannot be kept; allowed are {', '.join(map(str, _NAMES))}")
   return Tensor(dtype, tuple(held.shape), lambda: _bytes(held, dtype))
+
+
+def _packed(name: str, held: PackedWeight) -> Packed:
+  parts = {part: _tensor(f"{name}.{part}", t) for part, t in held.buffers_by_name().items() if t is not None}
+  return Packed(held.spec, _NAMES[held.dtype], held.shape, parts)
 
 
 def _bytes(held: torch.Tensor, dtype: str) -> np.ndarray:
@@ -156,9 +171,11 @@ def apply(model: nn.Module, state: State, adopt_dtype: bool) -> None:
     ValueError: it does not fit.
   """
   convert(model)
+  _unpack(model)
   held = _tensors(model)
   shapes = {name: (_dtype_name(name, t), tuple(_canonical(m, leaf, t).shape)) for name, m, leaf, t in held}
-  wanted = files.check_tensors(state, shapes, adopt_dtype)
+  layers = {f"{n}.weight" if n else "weight" for n, m in model.named_modules() if isinstance(m, QuantWeight)}
+  wanted = files.check_tensors(state, shapes, adopt_dtype, layers)
   places = {name: (quantizer, parent) for name, quantizer, parent in walk(model)}
   files.check_quantizers(state, places)
   for name in places:
@@ -174,6 +191,18 @@ def apply(model: nn.Module, state: State, adopt_dtype: bool) -> None:
     if isinstance(module, QuantWeight):
       module.drop_kept_weight()
   model.__dict__["_quantization_config"] = state.config
+
+
+def _unpack(model: nn.Module) -> None:
+  """Room for float weights where the model holds codes."""
+  made: dict[int, nn.Parameter] = {}
+  for module in model.modules():
+    if isinstance(module, QuantWeight) and (held := module.packed_weight) is not None:
+      if id(held) not in made:
+        empty = torch.empty(held.shape, dtype=held.dtype, device=held.like.device)
+        made[id(held)] = nn.Parameter(module.stored(empty).contiguous(), requires_grad=held.requires_grad_weight)
+      module.packed_weight = None
+      module._parameters["weight"] = made[id(held)]
 
 
 def _dtype_name(name: str, held: torch.Tensor) -> str:
@@ -217,11 +246,22 @@ def tensor_from(saved: Tensor) -> torch.Tensor:
   return torch.from_numpy(raw.reshape(-1).view(np.uint8)).view(DTYPES[saved.dtype]).reshape(saved.shape)
 
 
-def _set_tensors(model: nn.Module, held: list[tuple[str, nn.Module, str, torch.Tensor]], wanted: dict[str, Tensor], state: State) -> None:
+def _set_tensors(
+  model: nn.Module, held: list[tuple[str, nn.Module, str, torch.Tensor]], wanted: Mapping[str, Tensor | Packed], state: State
+) -> None:
   done: dict[int, tuple[str, np.ndarray]] = {}
+  packed: dict[str, PackedWeight] = {}
   for name, module, leaf, old in held:
     saved = wanted.get(name)
     if saved is None:
+      continue
+    if isinstance(saved, Packed):
+      key = state.tied.get(name, name)
+      if key not in packed:
+        packed[key] = _packed_weight(saved, old)
+      module.packed_weight = packed[key]
+      del module._parameters[leaf]
+      tensor_quantizers(module.weight_quantizer)[0].drop_block_amax()  # type: ignore[union-attr, arg-type]
       continue
     if id(old) in done:  # two names of one parameter: still one, unless two different values were saved
       other, raw = done[id(old)]
@@ -236,6 +276,18 @@ def _set_tensors(model: nn.Module, held: list[tuple[str, nn.Module, str, torch.T
       done[id(old)] = (name, saved.load().reshape(-1).view(np.uint8))
     else:
       module._buffers[leaf] = new
+
+
+def _packed_weight(saved: Packed, old: torch.Tensor) -> PackedWeight:
+  parts = {part: tensor_from(tensor).to(old.device) for part, tensor in saved.tensors.items()}
+  four = [parts.get(part) for part in TENSORS[:4]]
+  made = PackedWeight(
+    core.PackedTensor(*four, saved.spec, saved.shape),  # type: ignore[arg-type]
+    parts.get("offset"),
+    torch.empty(0, dtype=DTYPES[saved.dtype], device=old.device),
+  )
+  made.requires_grad_weight = old.requires_grad
+  return made
 
 
 def _stored(module: nn.Module, leaf: str, saved: Tensor, old: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ does not fit. docs/state.md describes the files.
 from core.state.document import as_given, plain
 from core.state.folder import DOCUMENT, read, versions, write
 from core.state.match import check_leaf, check_quantizers, check_tensors
-from core.state.model import FIELDS, MODES, STATISTICS, Leaf, State, tensor_name
+from core.state.model import FIELDS, MODES, PARTS, STATISTICS, Leaf, Packed, State, tensor_name
 from core.state.tensors import CARRIERS, Tensor
 
 __all__ = [
@@ -15,8 +15,10 @@ __all__ = [
   "DOCUMENT",
   "FIELDS",
   "MODES",
+  "PARTS",
   "STATISTICS",
   "Leaf",
+  "Packed",
   "State",
   "Tensor",
   "as_given",

@@ -7,13 +7,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from core.config.describe import spec_attributes
 from core.config.entries import QuantConfig
 from core.config.frozen import check_keys, thaw
-from core.config.schema import QuantizerConfig
-from core.state.model import BACKENDS, FIELDS, MODES, Leaf, State, tensor_name
-from core.state.tensors import Tensor
+from core.config.schema import QuantizerConfig, spec_from_attributes
+from core.state.model import BACKENDS, FIELDS, MODES, PARTS, WEIGHT_TYPES, Leaf, Packed, State, tensor_name
+from core.state.tensors import Tensor, are_sizes
 
-KEYS = ("format", "version", "backend", "versions", "config", "metadata", "files", "tied", "quantizers", "sha256")
+KEYS = ("format", "version", "backend", "versions", "config", "metadata", "files", "packed", "tied", "quantizers", "sha256")
 LEAF_KEYS = ("attributes", "mode", "group", "tensors", "own_tensor_amax", "key")
 FORMAT = "twinquant state"
 
@@ -55,10 +56,16 @@ def to_json(state: State, version: int, files: Mapping[str, Any]) -> dict[str, A
     "config": plain(state.config, "config"),
     "metadata": plain(state.metadata, "metadata"),
     "files": dict(files),
+    "packed": {name: _packed_json(packed) for name, packed in state.packed.items()},
     "tied": dict(state.tied),
     "quantizers": {name: [_leaf_json(name, leaf) for leaf in leaves] for name, leaves in state.quantizers.items()},
   }
   return document | {"sha256": digest(document)}
+
+
+def _packed_json(packed: Packed) -> dict[str, Any]:
+  entry = {"attributes": plain(spec_attributes(packed.spec), "attributes"), "dtype": packed.dtype, "shape": list(packed.shape)}
+  return entry | {"tensors": [part for part in PARTS if part in packed.tensors]}
 
 
 def _leaf_json(name: str, leaf: Leaf) -> dict[str, Any]:
@@ -89,12 +96,14 @@ def from_json(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sta
     raise ValueError(f"backend is {document['backend']!r}; allowed are {', '.join(map(repr, BACKENDS))}")
   rest = dict(tensors)
   quantizers = {name: _leaves(name, entries, rest) for name, entries in _mapping(document, "quantizers").items()}
+  packed = {name: _packed(name, entry, rest) for name, entry in _mapping(document, "packed").items()}
   tied = {name: _text(f"tied[{name!r}]", other) for name, other in _mapping(document, "tied").items()}
   for name, other in tied.items():
-    if other not in rest or name in rest:
+    if (other not in rest and other not in packed) or name in rest or name in packed:
       raise ValueError(f"{name!r} is said to be the same parameter as {other!r}; the files must hold the latter and not the former")
   versions = {name: _text(f"versions[{name!r}]", value) for name, value in _mapping(document, "versions").items()}
-  return State(document["backend"], rest, quantizers, tied, document["config"], _mapping(document, "metadata"), versions)
+  metadata = _mapping(document, "metadata")
+  return State(document["backend"], rest, quantizers, packed, tied, document["config"], metadata, versions)
 
 
 def _mapping(document: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -108,6 +117,32 @@ def _text(what: str, value: Any) -> str:
   if not isinstance(value, str):
     raise ValueError(f"{what} is {value!r}; a string is needed")
   return value
+
+
+def _packed(name: str, entry: Any, rest: dict[str, Tensor]) -> Packed:
+  """Raises:
+  ValueError: the entry is not that of a compressed weight, or its tensors are missing.
+  """
+  keys = {"attributes", "dtype", "shape", "tensors"}
+  if not isinstance(entry, Mapping) or set(entry) != keys or name in rest:
+    raise ValueError(f"packed weight {name!r}: an object with {', '.join(sorted(keys))} is needed, and no tensor of that name")
+  dtype, shape, parts = entry["dtype"], entry["shape"], entry["tensors"]
+  if dtype not in WEIGHT_TYPES or not are_sizes(shape) or not shape:
+    raise ValueError(f"packed weight {name!r}: dtype {dtype!r} and shape {shape!r} are not those of a weight ({', '.join(WEIGHT_TYPES)})")
+  if not _chosen(parts, PARTS) or not {"codes", "scale"} <= set(parts):
+    raise ValueError(f"packed weight {name!r}: tensors is {parts!r}; needed are codes and scale, allowed {', '.join(PARTS)}")
+  missing = [part for part in parts if f"{name}.{part}" not in rest]
+  if missing:
+    raise ValueError(f"packed weight {name!r}: {', '.join(missing)} is in none of the files")
+  try:
+    spec = spec_from_attributes(entry["attributes"])
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"packed weight {name!r}: {error}") from error
+  return Packed(spec, dtype, tuple(shape), {part: rest.pop(f"{name}.{part}") for part in parts})
+
+
+def _chosen(words: Any, allowed: tuple[str, ...]) -> bool:
+  return isinstance(words, list) and all(isinstance(w, str) and w in allowed for w in words) and len(set(words)) == len(words)
 
 
 def _leaves(name: str, entries: Any, rest: dict[str, Tensor]) -> tuple[Leaf, ...]:
@@ -126,7 +161,7 @@ def _leaf(name: str, entry: Any, place: int, count: int, rest: dict[str, Tensor]
   if entry.get("mode") not in MODES:
     raise ValueError(f"mode is {entry.get('mode')!r}; allowed are {', '.join(map(repr, MODES))}")
   fields = entry.get("tensors", [])
-  if not isinstance(fields, list) or not all(isinstance(f, str) and f in FIELDS for f in fields) or len(set(fields)) != len(fields):
+  if not _chosen(fields, FIELDS):
     raise ValueError(f"tensors is {fields!r}; allowed are {', '.join(FIELDS)}, each once")
   held = {}
   for field in fields:

@@ -68,14 +68,15 @@ def write(state: State, directory: str | os.PathLike[str]) -> Path:
 def _all(state: State) -> dict[str, Tensor]:
   """Every tensor by its name in the files."""
   everything = dict(state.tensors)
+  parts = {f"{name}.{part}": tensor for name, packed in state.packed.items() for part, tensor in packed.tensors.items()}
   for name, leaves in state.quantizers.items():
     for place, leaf in enumerate(leaves):
       for field, tensor in leaf.tensors.items():
-        full = tensor_name(name, place, len(leaves), field)
-        if full in everything:
-          raise ValueError(f"two tensors of the model are called {full!r}; rename the parameter of that name")
-        everything[full] = tensor
-  return everything
+        parts[tensor_name(name, place, len(leaves), field)] = tensor
+  twice = [name for name in parts if name in everything]
+  if twice:
+    raise ValueError(f"two tensors of the model are called {twice[0]!r}; rename the parameter of that name")
+  return everything | parts
 
 
 def _write_text(path: Path, text: str) -> None:

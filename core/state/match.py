@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from core import blocks
-from core.state.model import STATISTICS, Leaf, State
+from core import blocks, packed
+from core.state.model import STATISTICS, Leaf, Packed, State
 from core.state.tensors import Tensor
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -17,18 +18,20 @@ OPTIONAL = (".num_batches_tracked",)
 SHOWN = 6
 
 
-def check_tensors(state: State, model: Shapes, adopt_dtype: bool) -> dict[str, Tensor]:
+def check_tensors(state: State, model: Shapes, adopt_dtype: bool, packable: Iterable[str]) -> dict[str, Tensor | Packed]:
   """The tensor for every name of the model that gets one.
 
   Args:
     state: what was saved.
     model: what the model has.
     adopt_dtype: other types are no error.
+    packable: names of the weights that a quantizer belongs to.
 
   Raises:
     ValueError: missing or extra names, other shapes or types; names all of them, the first few in full.
   """
-  saved = {**state.tensors, **{name: state.tensors[other] for name, other in state.tied.items()}}
+  saved: dict[str, Tensor | Packed] = {**state.tensors, **state.packed}
+  saved |= {name: saved[other] for name, other in state.tied.items()}
   tied = set(state.tied) | set(state.tied.values())
   missing = [name for name in model if name not in saved and not name.endswith(OPTIONAL)]
   # One of several names of a shared parameter is enough: a Flax model has no name for a head that uses the table itself.
@@ -37,7 +40,12 @@ def check_tensors(state: State, model: Shapes, adopt_dtype: bool) -> dict[str, T
   both = [name for name in model if name in saved]
   shapes = [f"{n} (saved {list(saved[n].shape)}, model {list(model[n][1])})" for n in both if saved[n].shape != model[n][1]]
   types = [f"{n} (saved {saved[n].dtype}, model {model[n][0]})" for n in both if saved[n].dtype != model[n][0]]
+  able = set(packable)
+  floats = [name for name in both if isinstance(saved[name], Packed) and name not in able]
+  for name, weight in state.packed.items():
+    check_packed(name, weight)
   problems = [
+    *_listed(floats, "the state has", "compressed weights of what is no quantized layer in the model"),
     *_listed(missing, "the state lacks", "of the model's tensors"),
     *_listed(extra, "the state holds", "tensors that the model has not"),
     *_listed(shapes, "the state has", "tensors of another shape"),
@@ -63,6 +71,39 @@ def check_quantizers(state: State, names: Iterable[str]) -> None:
   absent = [name for name, leaves in state.quantizers.items() if name not in known and any(leaf.matters for leaf in leaves)]
   if absent:
     raise ValueError(f"the saved model does not fit: {_listed(absent, 'the state holds', 'quantizers that the model has not')[0]}")
+
+
+def check_packed(name: str, weight: Packed) -> None:
+  """Checks shapes and types of a compressed weight's tensors.
+
+  Raises:
+    ValueError: they are not those of its format and shape.
+  """
+  spec = weight.spec
+  scales = blocks.tiling(weight.shape, spec).scales
+  second: tuple[int, ...] | None = () if spec.two_level else None
+  if spec.scale_block is not None:
+    second = (*scales[:-1], -(-scales[-1] // min(spec.scale_block, scales[-1]))) if scales and scales[-1] else scales
+  expected = {"codes": packed.packed_shape(spec, weight.shape), "scale": scales, "tensor_scale": second}
+  expected["zero_point"] = scales if spec.zero_point else None
+  types = {"codes": ("U8",), "scale": ("F32",) if spec.scale_format is None else ("F32", "F16", "U8"), "tensor_scale": ("F32",)}
+  types |= {"zero_point": ("I8", "U8"), "offset": ("F32",)}
+  for part, shape in expected.items():
+    found = weight.tensors[part].shape if part in weight.tensors else None
+    flat = part == "zero_point" and found is not None and shape is not None and math.prod(found) == math.prod(shape)
+    if found != shape and not flat:
+      raise ValueError(f"packed weight {name!r} ({spec.element.name}, {list(weight.shape)}): {part} has shape {found}, needed is {shape}")
+  for part, tensor in weight.tensors.items():
+    if tensor.dtype not in types[part]:
+      raise ValueError(f"packed weight {name!r}: {part} is {tensor.dtype}; allowed is {' or '.join(types[part])}")
+  offset = weight.tensors.get("offset")
+  fits = offset is None or (len(offset.shape) <= len(weight.shape) and _broadcasts(offset.shape, weight.shape))
+  if not fits:
+    raise ValueError(f"packed weight {name!r}: offset has shape {list(offset.shape)}, the weight {list(weight.shape)}")  # type: ignore[union-attr]
+
+
+def _broadcasts(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:
+  return all(n in (1, m) for n, m in zip(reversed(shape), reversed(onto), strict=False))
 
 
 def check_leaf(name: str, leaf: Leaf, shape: tuple[int, ...] | None) -> None:

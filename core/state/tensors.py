@@ -29,6 +29,7 @@ CARRIERS: dict[str, np.dtype[Any]] = {
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "u1",
   }.items()
 }  # fmt: skip
+_FOREIGN = ("BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "BOOL")  # what a carrier alone does not say
 MOST_HEADER = 100_000_000  # bytes; the format's own limit
 MOST_AXES = 32
 _CHUNK = 1 << 22
@@ -62,9 +63,10 @@ class Tensor:
     Raises:
       ValueError: a type that tensor files do not hold.
     """
-    kind = "BOOL" if array.dtype == np.bool_ else next((n for n, c in CARRIERS.items() if c == array.dtype and n[0] in "FIU"), None)
-    if kind is None or kind.startswith("F8"):
-      raise ValueError(f"an array of type {array.dtype} cannot be kept; allowed are {', '.join(CARRIERS)}")
+    plain = {carrier: name for name, carrier in CARRIERS.items() if name not in _FOREIGN}
+    kind = "BOOL" if array.dtype == np.bool_ else plain.get(array.dtype)
+    if kind is None:
+      raise ValueError(f"an array of type {array.dtype} cannot be kept; allowed are {', '.join(map(str, plain))}")
     return cls(kind, array.shape, lambda: array.view(CARRIERS[kind]))
 
   def float32(self) -> np.ndarray:
@@ -149,9 +151,9 @@ def _entry(entry: Any, path: Path, start: int, room: int) -> tuple[Tensor, int]:
   dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
   if not isinstance(dtype, str) or dtype not in CARRIERS:
     raise ValueError(f"dtype {_short(dtype)} is unknown; allowed are {', '.join(CARRIERS)}")
-  if not _are_sizes(shape) or len(shape) > MOST_AXES:
+  if not are_sizes(shape) or len(shape) > MOST_AXES:
     raise ValueError(f"shape {_short(shape)} is not allowed; a list of at most {MOST_AXES} integers from 0 is needed")
-  if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= room:
+  if not are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= room:
     raise ValueError(f"data_offsets {_short(offsets)} do not lie within the {room} bytes of data")
   needed = math.prod(shape) * CARRIERS[dtype].itemsize
   if offsets[1] - offsets[0] != needed:
@@ -168,7 +170,8 @@ def _entry(entry: Any, path: Path, start: int, room: int) -> tuple[Tensor, int]:
   return Tensor(dtype, tuple(shape), load), offsets[0]
 
 
-def _are_sizes(value: Any) -> bool:
+def are_sizes(value: Any) -> bool:
+  """Whether it is a list of integers from 0 that an array's axes may have."""
   # Dimensions beyond 2^63 fit no array, even where another dimension is 0.
   return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 

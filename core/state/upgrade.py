@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-VERSION = 1
-STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+VERSION = 2
+
+
+def _with_packed(document: dict[str, Any]) -> dict[str, Any]:
+  """Version 1 knew no compressed weights."""
+  return {**document, "packed": {}}
+
+
+STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_packed}
 """Version -> what makes a document of the next version of it."""
 
 

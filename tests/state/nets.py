@@ -151,6 +151,12 @@ def torch_output(net: torch.nn.Module) -> np.ndarray:
     return net(torch.from_numpy(data(3)).to(next(net.parameters()).dtype)).float().numpy()
 
 
+def torch_output_of(net: torch.nn.Module, rows: int = 5) -> np.ndarray:
+  """As `torch_output`, of a net without float parameters."""
+  with torch.no_grad():
+    return net(torch.from_numpy(data(3, rows))).numpy()
+
+
 def jax_output(qmodule: Any, qvariables: Any) -> np.ndarray:
   return np.asarray(qmodule.apply(qvariables, jnp.asarray(data(3), qmodule.module.dtype)), np.float32)
 
@@ -170,7 +176,7 @@ def jax_weights(qvariables: Any) -> dict[str, np.ndarray]:
 
   found = {}
   for path, name, quantizer, weight in weights.each(qvariables):
-    value = weights.quantized(quantizer, weight) if quantizer.is_enabled else weight
+    value = weights.quantized(quantizer, weight) if quantizer.acts else weight
     found[tree.full_name(path, name).rpartition(".")[0]] = np.asarray(layouts.to_torch(value, quantizer.layout), np.float32)
   return found
 
@@ -178,10 +184,17 @@ def jax_weights(qvariables: Any) -> dict[str, np.ndarray]:
 def assert_same_state(a: State, b: State) -> int:
   """Equal tensors, bit for bit, and equal quantizers; those that do nothing may be missing. Returns the number of values compared."""
   count = 0
-  values = [{**s.tensors, **{name: s.tensors[other] for name, other in s.tied.items()}} for s in (a, b)]
+  values = [{**s.tensors, **{name: s.tensors[o] for name, o in s.tied.items() if o in s.tensors}} for s in (a, b)]
   assert set(values[0]) == set(values[1])
   for name, tensor in values[0].items():
     count += _assert_same_tensor(name, tensor, values[1][name])
+  assert set(a.packed) == set(b.packed)
+  for name, weight in a.packed.items():
+    other = b.packed[name]
+    assert (weight.spec, weight.dtype, weight.shape, set(weight.tensors)) == (other.spec, other.dtype, other.shape, set(other.tensors)), (
+      name
+    )
+    count += sum(_assert_same_tensor(f"{name}.{part}", t, other.tensors[part]) for part, t in weight.tensors.items())
   for name in {*a.quantizers, *b.quantizers}:
     if name not in a.quantizers or name not in b.quantizers:
       leaves = a.quantizers.get(name) or b.quantizers[name]
