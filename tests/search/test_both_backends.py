@@ -52,8 +52,8 @@ def jax_loss(logits: Any, ids: np.ndarray) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-  return tiny.llama_folder(tmp_path_factory.mktemp("llama"), attention_bias=True, **sizes)
+  sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "attention_bias": True}
+  return tiny.llama_folder(tmp_path_factory.mktemp("llama"), **sizes)
 
 
 @pytest.fixture(scope="module")

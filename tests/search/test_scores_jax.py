@@ -85,7 +85,8 @@ class Mixed(nn.Module):
     x = nn.Einsum((8, 8), "...i,io->...o", name="sum")(x)
     twice = nn.Dense(8, name="twice")
     x = twice(nn.gelu(twice(x)))
-    experts = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3)
+    mapped: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None}  # flax has its types wrong
+    experts = nn.vmap(nn.Dense, axis_size=3, **mapped)
     return jnp.sum(jnp.tanh(experts(4, name="experts")(x)), axis=0)
 
 
@@ -169,7 +170,7 @@ def log_softmax(logits: Any) -> np.ndarray:
 @pytest.mark.slow
 def test_hessian_traces_are_those_of_the_whole_hessian():
   module, x = nets.MLP(hidden=5, out=3), jax.random.normal(jax.random.key(0), (7, 4))
-  variables = module.init(jax.random.key(1), x)
+  variables: Any = module.init(jax.random.key(1), x)
   host = host_of(module, variables, [x], {})
   shapes = {layer.name: layer.shape for layer in host.layers()}
   probes = [{name: probe(3, 0, i, name, shape) for name, shape in shapes.items()} for i in range(2)]
