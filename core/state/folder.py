@@ -105,7 +105,7 @@ def read(directory: str | os.PathLike[str]) -> State:
     held = tensors.parse_json(path.read_bytes(), path.name)
     _check_document(held)
     held = upgrade.upgraded(held)
-    return document.from_json(held, _read_files(folder, held["files"]))
+    return document.from_json(held, _read_files(folder, held.get("files")))
   except (ValueError, TypeError) as error:
     raise ValueError(f"{folder}: {error}") from error
 
