@@ -71,12 +71,11 @@ def reset(model: nn.Module) -> None:
 def apply(model: nn.Module, entries: Iterable[Entry]) -> None:
   """Set every quantizer that some entry matches to what the entries make of it."""
   entries = tuple(entries)
-  for name, quantizer, parent in list(walk(model)):
-    classes = parent_classes(parent)
-    if any(entry.matches(name, classes) for entry in entries):
-      compression.refuse_compressed(_held_as_codes(name, quantizer, parent), "changing a weight quantizer")
-      now = Resolved(tuple(one.config for one in tensor_quantizers(quantizer)), quantizer.is_enabled)
-      _set(parent, name, quantizer, resolve(entries, name, classes, now))
+  matched = [found for found in walk(model) if any(entry.matches(found[0], parent_classes(found[2])) for entry in entries)]
+  compression.refuse_compressed([name for found in matched for name in _held_as_codes(*found)], "changing a weight quantizer")
+  for name, quantizer, parent in matched:
+    now = Resolved(tuple(one.config for one in tensor_quantizers(quantizer)), quantizer.is_enabled)
+    _set(parent, name, quantizer, resolve(entries, name, parent_classes(parent), now))
 
 
 def _set(parent: nn.Module, name: str, quantizer: Quantizer, state: Resolved) -> Quantizer:

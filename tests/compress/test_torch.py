@@ -119,7 +119,7 @@ def test_selected_by_pattern(llama):
     tb.compress(model, [3])
 
 
-@pytest.mark.parametrize("preset", ["NVFP4_DEFAULT_CFG", "W4A8_AWQ_BETA_CFG", "MXFP6_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG"])
+@pytest.mark.parametrize("preset", ["NVFP4_DEFAULT_CFG", "W4A8_AWQ_BETA_CFG", "INT8_SMOOTHQUANT_CFG"])
 def test_states(llama, preset):
   """A state dict goes into a compressed model and into one that is not yet; so does a pickled copy, and a deep copy."""
   model = quantized(llama, tb.preset(preset))
@@ -145,12 +145,15 @@ def test_state_of_another_format_is_refused(llama):
     quantized(llama, tb.MXFP4_DEFAULT_CFG).load_state_dict(state)
 
 
-@pytest.mark.parametrize("preset", ["NVFP4_DEFAULT_CFG", "W4A8_AWQ_BETA_CFG"])
-def test_one_graph(llama, preset):
+@pytest.mark.parametrize("preset", ["NVFP4_DEFAULT_CFG", "MXFP6_DEFAULT_CFG"])
+def test_one_graph(preset):
   """torch.compile without a break; the eager backend, so that only the graph is asked (inductor: the slow test)."""
-  model = tb.compress(quantized(llama, tb.preset(preset)), "*layers.0*")
+  torch.manual_seed(0)
+  net, x = nn.Linear(32, 16), torch.randn(4, 32)
+  tb.compress(tb.quantize(net, tb.preset(preset), lambda m: m(x)))
   torch._dynamo.reset()
-  assert_same_bits(torch.compile(model, fullgraph=True, backend="eager")(TOKENS).logits, logits(model))
+  with torch.no_grad():
+    assert_same_bits(torch.compile(net, fullgraph=True, backend="eager")(x), net(x))
 
 
 @pytest.mark.slow
@@ -191,17 +194,30 @@ ATTRIBUTES = {
   "int4 with zero points": {"num_bits": 4, "axis": 0, "unsigned": True, "zero_point": True},
   "int3": {"num_bits": 3, "axis": 0},
   "affine": {"num_bits": 4, "axis": 0, "bias": {0: None, "type": "static"}},
-  "nf4": {"num_bits": "nf4", "block_sizes": {0: 1}},
+}
+ROWS = {
+  "nf4": {"format": "nf4"},
+  "nf4, double quantization": {"format": "nf4_double"},
+  "blocks with zero points": {"num_bits": 4, "block_sizes": {-1: 16}, "unsigned": True, "zero_point": True},
   "turned": {"num_bits": 4, "axis": 0, "rotate": {"enable": True, "mode": "rotate_back"}},
+  "turned with its input": {"num_bits": 6, "axis": 0, "rotate": True},
+  "int4, then fp8, then int8": [{"num_bits": 4, "block_sizes": {-1: 32}}, {"num_bits": (4, 3)}, {"num_bits": 8, "axis": 0}],
 }
 
 
-def accepted(attributes) -> bool:
-  try:
-    tb.TensorQuantizer(attributes)
-  except (ValueError, TypeError):
-    return False
-  return True
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_formats(llama, name, dtype, compared):
+  """Formats that no preset has."""
+  config = {"quant_cfg": {"default": {"enable": False}, "*mlp*weight_quantizer": ROWS[name]}, "algorithm": "max"}
+  model = quantized(llama, config, dtype)
+  expected, before = logits(model), weights(model)
+  tb.compress(model)
+  assert len(tb.compression_report(model).compressed) == 6
+  assert_same_bits(logits(model), expected)
+  for key, weight in weights(model).items():
+    assert_same_bits(weight, before[key])
+    compared(weight.numel())
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
