@@ -25,7 +25,7 @@ def _searched(found: SearchResult) -> Change:
 
 @register_algorithm("mse")
 def mse(
-  layer: Layer, *, start_multiplier: float = 0.25, stop_multiplier: float = 4.0, step_size: float = 0.1, fp8_scale_sweep: bool = False
+  layer: Layer, *, start_multiplier: float = 0.25, stop_multiplier: float = 4.0, step_size: float = 0.05, fp8_scale_sweep: bool = False
 ) -> Change:
   """amax of least squared weight error, group by group; `core.calibrate.weight_search.mse_search` says what is tried.
 

@@ -53,7 +53,7 @@ def mse_search(
   tensor_amax: np.ndarray | None = None,
   start_multiplier: float = 0.25,
   stop_multiplier: float = 4.0,
-  step_size: float = 0.1,
+  step_size: float = 0.05,
   fp8_scale_sweep: bool = False,
   signed: bool = False,
   error: Error | None = None,
@@ -72,7 +72,8 @@ def mse_search(
     tensor_amax: [] for static two-level formats; None takes the largest of `amax`. It is not searched.
     start_multiplier: least multiplier, above 0.
     stop_multiplier: largest multiplier.
-    step_size: their distance, at most.
+    step_size: their distance, at most. Half of ModelOpt's 0.1: with 1 in the coarse grid, which ModelOpt's lacks, blocks whose best
+      multiplier lies between .94 and 1.04 stay at 1, and SmolLM2's INT4 loses .010 of NLL; with the fine grid it does not.
     fp8_scale_sweep: static two-level formats: try all 126 positive E4M3 block scales in place of multipliers. Other formats search
       multipliers all the same and say so in the note (ModelOpt leaves them unsearched).
     signed: try the negative of every multiplier as well, where the format allows it (`QuantSpec.allows_signed_scale`): the code that two's

@@ -69,7 +69,7 @@ def test_picks_the_best_of_its_grid_and_keeps_ties_at_one():
   weight, spec = weight_of(), FORMATS["int4 block"]
   result = mse_search(weight, spec)
   amax = core.amax(weight, spec)
-  grid = [np.float32(1), *np.linspace(0.25, 4, 39).astype(np.float32)]
+  grid = [np.float32(1), *np.linspace(0.25, 4, 76).astype(np.float32)]
   table = np.stack([error_of(weight, spec, amax * m) for m in grid])
   np.testing.assert_allclose(result.error, table.min(axis=0), rtol=1e-6)  # the search's own sums are float32
   assert np.all(result.multiplier[2] == 1)  # the zero row
