@@ -76,7 +76,7 @@ def plan(source: Source, layout: str, dtype: str | None = None, tied_head: bool 
   if tied_head and "lm_head" not in (*layers, *quiet):
     quiet.append("lm_head")
   notes = [*_notes(layout, layers), *_sibling_notes(found), *_input_notes(layout, found)]
-  items = _items(source, found, layers, dtype, caches, {HEAD} if tied_head else set())
+  items = _items(source, found, layers, dtype, caches, {HEAD} if tied_head else set(), layout == modelopt.NAME)
   exact = {subject.label: tensor_scale(source, subject) for subject in found if layers[subject.label].tensor_scale}
   cache = next(iter(caches.values()), None)
   if layout == modelopt.NAME:
@@ -241,6 +241,7 @@ def _items(
   dtype: str | None,
   caches: dict[str, tuple[dict[str, Any], str, np.ndarray]],
   left_out: set[str],
+  in_projection: bool,
 ) -> list[Item]:
   items = {subject.label: _layer_item(source, subject, layers[subject.label]) for subject in found}
   done = left_out | {f"{subject.name}.weight" for subject in found}
@@ -250,7 +251,7 @@ def _items(
       kind = types[name] if dtype is None else DTYPES[dtype]
       items[label(name)] = _float_item(source, name, kind)
   for name, (_, _, scale) in caches.items():
-    items[label(name)] = _cache_item(label(name), scale)
+    items[label(name)] = _cache_item(label(name), scale, in_projection)
   return [items[name] for name in sorted(items, key=natural)]
 
 
@@ -266,8 +267,8 @@ def _float_item(source: Source, name: str, kind: str) -> Item:
   return Item({label(name): Entry(kind, shape)}, lambda: {label(name): to_bits(source.tensor(name), kind)})
 
 
-def _cache_item(name: str, scale: np.ndarray) -> Item:
-  # attention module's "k_bmm_quantizer" -> "k_scale"; clients look for it there in both layouts
+def _cache_item(name: str, scale: np.ndarray, in_projection: bool) -> Item:
+  """The scale of an attention module's "k_bmm_quantizer": its "k_scale", or, where ModelOpt writes it, its "k_proj.k_scale"."""
   module, _, role = name.rpartition(".")
-  text = f"{module}.{role[0]}_scale"
-  return Item({text: Entry("F32", (1,))}, lambda: {text: scale.reshape(1)})
+  text, shape = (f"{module}.{role[0]}_proj.{role[0]}_scale", ()) if in_projection else (f"{module}.{role[0]}_scale", (1,))
+  return Item({text: Entry("F32", shape)}, lambda: {text: scale.reshape(shape)})

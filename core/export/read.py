@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from core.export import compressed_tensors, modelopt
+from core.export import compressed_tensors, modelopt, read_compressed_tensors, read_modelopt
 from core.export.folder import METADATA
 from core.export.layout import Stored
-from core.export.plan import LAYOUTS
 from core.export.safetensors_file import File, to_float
 from core.export.source import natural
 
+READERS: dict[str, Any] = {compressed_tensors.NAME: read_compressed_tensors, modelopt.NAME: read_modelopt}
 MAX_JSON = 50_000_000
 _PARTS = (
   "weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape", "weight_zero_point", "input_scale",
@@ -61,7 +61,7 @@ class Artefact:
     """
     if layer not in self.layers:
       raise ValueError(f"{self.directory} has no quantized layer {layer!r}; it has {', '.join(self.layers[:4])}, ...")
-    module = LAYOUTS[self.layout]
+    module = READERS[self.layout]
     return module.read(module.scheme_of(self.settings, layer), layer, lambda suffix: self._get(f"{layer}.{suffix}"), self._exact)
 
   def tensor(self, name: str) -> np.ndarray:
@@ -81,7 +81,7 @@ class Artefact:
 
   def scheme(self, layer: str) -> dict[str, Any]:
     """What the configuration says of a layer."""
-    return LAYOUTS[self.layout].scheme_of(self.settings, layer)
+    return READERS[self.layout].scheme_of(self.settings, layer)
 
   def layer_size(self, layer: str) -> int:
     """Number of weights of a layer."""
@@ -118,7 +118,7 @@ def read(directory: str | Path) -> Artefact:
   if method == modelopt.NAME:
     settings = _json(beside)
   elif method != compressed_tensors.NAME:
-    raise ValueError(f"{folder / 'config.json'}: quant_method is {str(method)[:40]!r}; known are {', '.join(LAYOUTS)}")
+    raise ValueError(f"{folder / 'config.json'}: quant_method is {str(method)[:40]!r}; known are {', '.join(READERS)}")
   assert isinstance(settings, dict)
   return Artefact(folder, str(method), config, settings, open_files(folder))
 
