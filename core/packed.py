@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from core import encoding
+from core import blocks, encoding
 from core.arrays import Array, namespace
 from core.formats import FloatFormat, IntFormat
 from core.quantize import QuantizedTensor, apply_scales
@@ -77,6 +77,12 @@ def dequantize_packed(p: PackedTensor) -> Array:
 def packed_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Shape of `PackedTensor.codes` of a tensor of that shape."""
   return (*shape[: min(len(shape) - 1, 1)], -(-_row_length(shape) * spec.element.bits // 8))
+
+
+def packed_zero_points(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int] | None:
+  """Shape of `PackedTensor.zero_point` of a tensor of that shape; None where there is none."""
+  count = math.prod(blocks.tiling(shape, spec).scales)
+  return (-(-count * spec.element.bits // 8),) if spec.zero_point else None
 
 
 def packed_bytes(p: PackedTensor) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -85,13 +84,12 @@ def check_packed(name: str, weight: Packed) -> None:
   if spec.scale_block is not None:
     second = (*scales[:-1], -(-scales[-1] // min(spec.scale_block, scales[-1]))) if scales and scales[-1] else scales
   expected = {"codes": packed.packed_shape(spec, weight.shape), "scale": scales, "tensor_scale": second}
-  expected["zero_point"] = scales if spec.zero_point else None
+  expected["zero_point"] = packed.packed_zero_points(spec, weight.shape)
   types = {"codes": ("U8",), "scale": ("F32",) if spec.scale_format is None else ("F32", "F16", "U8"), "tensor_scale": ("F32",)}
-  types |= {"zero_point": ("I8", "U8"), "offset": ("F32",)}
+  types |= {"zero_point": ("U8",), "offset": ("F32",)}
   for part, shape in expected.items():
     found = weight.tensors[part].shape if part in weight.tensors else None
-    flat = part == "zero_point" and found is not None and shape is not None and math.prod(found) == math.prod(shape)
-    if found != shape and not flat:
+    if found != shape:
       raise ValueError(f"packed weight {name!r} ({spec.element.name}, {list(weight.shape)}): {part} has shape {found}, needed is {shape}")
   for part, tensor in weight.tensors.items():
     if tensor.dtype not in types[part]:

@@ -20,14 +20,12 @@ from tests.calibrate import twins
 from tests.jax_backend import nets
 from torch_backend.host import TorchHost
 
-# One preset of every weight format; the others differ in what they choose or in how they calibrate, and are slow tests.
-FORMATS = [
-  "INT8_DEFAULT_CFG", "INT4_AWQ_CFG", "FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "MXFP8_DEFAULT_CFG", "MXFP6_DEFAULT_CFG",
-  "MXFP4_DEFAULT_CFG", "MXINT8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG", "W4A8_AWQ_BETA_CFG",
-]  # fmt: skip
+# Presets of different weight formats; the others and the narrow float types are slow tests: each case compiles half a dozen functions.
+FORMATS = ["INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG", "MXFP6_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "W4A8_AWQ_BETA_CFG"]
+NARROW = [("NVFP4_DEFAULT_CFG", "bfloat16"), ("MXFP4_DEFAULT_CFG", "float16")]
 ALL = [name for name in sorted(jb.choices) if "_KV_" not in name and name != "NVFP4_EXPERTS_ONLY_CFG"]
 CASES = [
-  pytest.param(n, d, marks=() if n in FORMATS and d == "float32" else pytest.mark.slow)
+  pytest.param(n, d, marks=() if (n in FORMATS and d == "float32") or (n, d) in NARROW else pytest.mark.slow)
   for n in ALL
   for d in ("float32", "bfloat16", "float16")
 ]
@@ -42,7 +40,7 @@ class Net(nn.Module):
   @nn.compact
   def __call__(self, x):
     x = nn.Dense(64, name="o_proj", param_dtype=self.dtype, dtype=self.dtype)(x)
-    return nn.Dense(24, use_bias=False, name="mlp", param_dtype=self.dtype, dtype=self.dtype)(nn.relu(x))
+    return nn.Dense(64, use_bias=False, name="mlp", param_dtype=self.dtype, dtype=self.dtype)(nn.relu(x))
 
 
 def quantized(module, variables, config, *inputs):
@@ -89,12 +87,12 @@ def test_every_preset(preset, dtype, compared):
   for one in jb.compression_report(packed).compressed:
     assert 8 * one.nbytes == core.effective_bits(specs[one.name], one.shape) * one.numel
   plain = jb.decompress(qmodule, packed)
-  assert_same_bits(run(plain, x), expected)
+  assert_same_bits(plain["params"]["mlp"]["kernel"], after["mlp.weight_quantizer"])
   assert jax.tree.structure(plain["params"]) == jax.tree.structure(fake["params"])
-  compared(2 * expected.size)
+  compared(expected.size)
 
 
-@pytest.mark.parametrize("stack", [None, 0, 1])
+@pytest.mark.parametrize("stack", [pytest.param(None, marks=pytest.mark.slow), 0, 1])
 def test_scanned_stacks(stack, compared):
   """A scanned stack's codes are sliced with it, wherever its parameters have the stacked axis."""
   module, tokens = nets.Llama(stack=stack), nets.tokens()
@@ -139,7 +137,9 @@ def test_every_kind_of_layer(compared):
       compared(weight.size)
 
 
-@pytest.mark.parametrize("formats", twins.FORMATS)
+@pytest.mark.parametrize(
+  "formats", [pytest.param(n, marks=() if n in ("int4", "nvfp4_static") else pytest.mark.slow) for n in twins.FORMATS]
+)
 def test_codes_are_those_of_torch(formats, compared):
   """Both backends store the same codes and scales, and a host shows them alike."""
   config = {"quant_cfg": twins.FORMATS[formats], "algorithm": "max"}
@@ -208,7 +208,7 @@ def test_what_needs_floats_says_so(compressed, capsys):
   rows = {row["name"]: row["state"] for row in jb.print_quant_summary(packed)}
   assert rows["mlp.weight_quantizer"] == "compressed"
   jb.print_compression_report(packed)
-  assert "2 of 2 weights compressed: 5,632 values in 4,400 bytes, 6.2500 bits per weight" in capsys.readouterr().out
+  assert "2 of 2 weights compressed: 8,192 values in 6,400 bytes, 6.2500 bits per weight" in capsys.readouterr().out
 
 
 def test_selection_and_refusals(compressed):

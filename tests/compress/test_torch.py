@@ -139,6 +139,19 @@ def test_states(llama, preset):
     assert_same_bits(logits(other), expected)
 
 
+@pytest.mark.parametrize("name", ["blocks with zero points", "nf4, double quantization"])
+def test_saved(llama, name, tmp_path):
+  """`save` keeps codes, `restore` into a float model brings them back, packed zero points and double scales included."""
+  config = {"quant_cfg": {"default": {"enable": False}, "*mlp*weight_quantizer": ROWS[name]}, "algorithm": "max"}
+  model = tb.compress(quantized(llama, config))
+  tb.save(model, tmp_path / "saved")
+  other = tb.restore(copy.deepcopy(llama), tmp_path / "saved")
+  assert tb.is_compressed(other)
+  assert_same_bits(logits(other), logits(model))
+  for a, b in zip(tb.compression_report(model).weights, tb.compression_report(other).weights, strict=True):
+    assert a == b
+
+
 def test_state_of_another_format_is_refused(llama):
   state = tb.compress(quantized(llama, tb.INT8_WEIGHT_ONLY_CFG)).state_dict()
   with pytest.raises(ValueError, match=r"codes has shape \[64, 64\]; a weight \[64, 64\] as E2M1 has \[64, 32\]"):
