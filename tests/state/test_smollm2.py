@@ -20,7 +20,8 @@ from tests.state import nets
 from torch_backend.state import state_of as torch_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.models]
-CONFIGS = ("NVFP4_DEFAULT_CFG", "INT4_AWQ_CFG", "INT8_SMOOTHQUANT_CFG")
+# Name of a preset, and whether its weights are compressed before they are saved.
+CASES = (("NVFP4_DEFAULT_CFG", False), ("NVFP4_DEFAULT_CFG", True), ("INT8_SMOOTHQUANT_CFG", False), ("INT4_AWQ_CFG", False))
 
 
 @functools.cache
@@ -35,11 +36,13 @@ def _logits(model) -> np.ndarray:
     return model(torch.from_numpy(ids())).logits.numpy()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_torch_to_jax_and_back(name, tmp_path, compared):
+@pytest.mark.parametrize("name, compressed", CASES)
+def test_torch_to_jax_and_back(name, compressed, tmp_path, compared):
   batch = torch.from_numpy(ids())
   model, _ = models.load_torch("smollm2")
   torch_backend.quantize(model, torch_backend.preset(name), lambda m: m(batch))
+  if compressed:
+    torch_backend.compress(model)
   expected, count = _logits(model), 0
   started = time.perf_counter()
   torch_backend.save(model, tmp_path / "torch")
@@ -54,13 +57,15 @@ def test_torch_to_jax_and_back(name, tmp_path, compared):
   restored = time.perf_counter() - started
   count += nets.assert_same_state(torch_state(model), jax_state(qmodule, qvariables))
   simulated = nets.jax_weights(qvariables)
+  assert len(simulated) == 212  # 30 layers of 7, table and head
   for layer, value in nets.torch_weights(model).items():
-    if layer in simulated:
-      assert np.array_equal(simulated[layer], value), layer
-      count += value.size
+    assert np.array_equal(simulated[layer], value), layer
+    count += value.size
   # Another order of summation moves single activation codes, and one code moves everything behind it (README).
   apart = np.abs(np.asarray(qmodule.apply(qvariables, jnp.asarray(ids()))) - expected).max()
-  print(f"\n{name}: {size:,} bytes, saved in {saved:.1f} s, restored in JAX in {restored:.1f} s; logits up to {apart:.3g} apart")
+  print(
+    f"\n{name}{' compressed' * compressed}: {size:,} bytes, saved in {saved:.1f} s, restored in JAX in {restored:.1f} s; logits up to {apart:.3g} apart"
+  )
 
   jax_backend.save(qmodule, qvariables, tmp_path / "jax")
   del qvariables, simulated
