@@ -15,6 +15,10 @@ from tests.export import quantized as q
 CT, MODELOPT = "compressed-tensors", "modelopt"
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+  return tensor.reshape(-1).contiguous().view(torch.uint8)
+
+
 def test_the_converter_of_compressed_tensors_agrees(llama: Path, tmp_path: Path) -> None:
   """Its ModelOptNvfp4Converter turns our ModelOpt tensors into exactly our compressed-tensors tensors."""
   from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
@@ -27,7 +31,7 @@ def test_the_converter_of_compressed_tensors_agrees(llama: Path, tmp_path: Path)
   ours = safetensors.torch.load_file(tmp_path / CT / "model.safetensors")
   assert set(converted) == set(ours)
   for name, tensor in ours.items():
-    assert torch.equal(tensor.view(torch.uint8).reshape(-1), converted[name].contiguous().view(torch.uint8).reshape(-1)), name
+    assert torch.equal(bits(tensor), bits(converted[name])), name
 
 
 @pytest.mark.slow  # importing modelopt takes many seconds
