@@ -89,7 +89,7 @@ class _Taps:
       if not y.requires_grad:
         # Nothing before this layer takes a gradient. A clone, because models may write into the output in place.
         y = y.requires_grad_().clone()
-      inputs = _Kept(args, kwargs)
+      inputs = _Kept(args, kwargs, y.device.type)
       before, version = y.detach(), y._version
       y.register_hook(lambda g: self._weigh(layer, module, inputs, before, version, g))
       return (y, *output[1:]) if isinstance(output, tuple) else y
@@ -107,11 +107,11 @@ class _Taps:
       return
     if y._version != version:
       self._silent = True
-      y = first_of(module(*inputs.args, **inputs.kwargs))
+      y = inputs.through(module)
       self._silent = False
     g = _wide(g)
     for name in self._choices[layer]:
-      difference = _wide(first_of(self._twins[name][layer](*inputs.args, **inputs.kwargs))) - _wide(y)
+      difference = _wide(inputs.through(self._twins[name][layer])) - _wide(y)
       score = float(torch.linalg.vector_norm(difference.mul_(g), dtype=torch.float64)) ** 2
       if not math.isfinite(score):
         self.error = self._not_finite(layer, name, g)
@@ -128,13 +128,23 @@ class _Taps:
 class _Kept:
   """Arguments of a call, without their graph, and whether somebody has written into them since."""
 
-  def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    self.args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-    self.kwargs = {key: a.detach() if isinstance(a, Tensor) else a for key, a in kwargs.items()}
+  def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> None:
+    self._args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+    self._kwargs = {key: a.detach() if isinstance(a, Tensor) else a for key, a in kwargs.items()}
     self._versions = self._now()
+    # The backward pass runs outside of the autocast region that the layer ran in.
+    self._autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+
+  def through(self, module: nn.Module) -> Tensor:
+    """What a module makes of them."""
+    if self._autocast is None:
+      return first_of(module(*self._args, **self._kwargs))
+    device, dtype = self._autocast
+    with torch.autocast(device, dtype):
+      return first_of(module(*self._args, **self._kwargs))
 
   def _now(self) -> list[int]:
-    return [a._version for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and not a.is_inference()]
+    return [a._version for a in (*self._args, *self._kwargs.values()) if isinstance(a, Tensor) and not a.is_inference()]
 
   @property
   def changed(self) -> bool:

@@ -95,5 +95,21 @@ def test_bfloat16(method):
   assert state["assignment"].keys() == expected["assignment"].keys()
 
 
+def test_autocast_is_that_of_the_forward_pass():
+  """A format that changes next to nothing scores next to nothing, though outputs are rounded to bfloat16."""
+  sixteen = {"quant_cfg": {"*weight_quantizer": {"num_bits": 8, "block_sizes": {-1: 1}}, "default": {"enable": False}}, "algorithm": "max"}
+
+  def step(model, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+      return model(batch[0])
+
+  torch.manual_seed(0)
+  model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 8))
+  options = {"forward_step": step, "loss_func": _loss}
+  _, state = classify(model, {"effective_bits": 50}, {"exact": sixteen, "four": INT4}, features(), **options)
+  for row in state["scores"].values():
+    assert row["exact"] < 1e-4 * row["four"]
+
+
 def _loss(output, batch):
   return nn.functional.cross_entropy(output.float(), batch[1])
