@@ -42,7 +42,7 @@ def test_jax_export(name: str, kind: str) -> None:
   net = twins.Jax().quantize("max", twins.FORMATS[name])
   module, variables = net.module, net.variables
   if kind == "compressed":
-    module, variables = jax_backend.compress(module, variables)
+    variables = jax_backend.compress(module, variables)
   x = jnp.asarray(net.data[0])
   leaves, tree = jax.tree.flatten(variables)  # leaves are plain arrays, which every exported program takes
   run = jax.jit(lambda leaves, x: module.apply(jax.tree.unflatten(tree, leaves), x))
