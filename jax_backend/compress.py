@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from core import compression, integer_matmul
+from core import compression
+from core import matmul as codes
 from core.compression import CompressionReport, WeightSize
 from jax_backend import layouts, packed, tree, weights
 from jax_backend import matmul as products
@@ -38,8 +39,8 @@ def compress(
     qvariables: its variables; they are not changed, and their float weights are freed when nobody refers to them any more.
     include: a pattern, or several, of the layers to compress, for example "*.mlp.*"; None takes every layer with an enabled weight
       quantizer.
-    matmul: None dequantizes and leaves the product to the module. "int8" multiplies codes as integers: another arithmetic than the
-      simulation's, whose outputs are near its own and not equal (`core.integer_matmul`).
+    matmul: None dequantizes and leaves the product to the module. "int8" and "float8" multiply codes: another arithmetic than the
+      simulation's, whose outputs are near its own and not equal (`core.matmul`).
 
   Returns:
     New variables.
@@ -51,7 +52,7 @@ def compress(
   Warns:
     ConfigWarning: layers that cannot be compressed, with the reason.
   """
-  integer_matmul.check_name(matmul)
+  codes.check_name(matmul)
   done = _quantizers(qvariables)
   chosen = set(compression.selected(include, [_label(*key) for key, q in done.items() if q.param is not None]))
   params = qvariables.get("params", {})
@@ -64,7 +65,7 @@ def compress(
       continue
     reason = _refusal(quantizer, weight)
     if reason is None and matmul is not None:
-      reason = products.refusal(quantizer, done.get((path, INPUT)))
+      reason = products.refusal(quantizer, done.get((path, INPUT)), matmul)
     held = _packed(quantizer, weight, matmul) if reason is None else None
     if held is None:
       refused[label] = reason or compression.NOT_EQUAL

@@ -21,7 +21,7 @@ from flax.core import meta
 
 from jax_backend import capture, low_rank, matmul, modules, packed, statistics, taps, tree
 from jax_backend.lifted import is_lifted
-from jax_backend.quantizer import CALIBRATE, AnyQuantizer
+from jax_backend.quantizer import CALIBRATE, QUANTIZE, AnyQuantizer
 from jax_backend.tree import RIDER, Rider
 
 INPUT, OUTPUT = "input_quantizer", "output_quantizer"
@@ -112,7 +112,7 @@ def _call(next_fun: Callable[..., Any], args: Any, kwargs: Any, module: nn.Modul
       taps.show(module, INPUT, into, x)
       beside = low_rank.branch(own, into, x)
       weights = [q for q in own.values() if q.param is not None]
-      if matmul.asks(weights):
+      if matmul.asks(weights) and into.mode == QUANTIZE:
         product = functools.partial(matmul.dense, module, weights[0].leaves[0], into.leaves[0], jnp.asarray(x))
       elif into.acts:
         args, kwargs = modules.replace_first(args, kwargs, _pass(module, INPUT, into, jnp.asarray(x)))

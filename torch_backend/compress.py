@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import core
-from core import compression, integer_matmul
+from core import compression
+from core import matmul as codes
 from core.compression import CompressionReport, WeightSize
 from core.config import ConfigWarning
 from torch_backend import matmul as products
@@ -37,8 +38,8 @@ def compress(model: nn.Module, include: str | Iterable[str] | None = None, matmu
     model: a quantized model.
     include: a pattern, or several, of the layers to compress, for example "*.mlp.*"; None takes every layer with an enabled weight
       quantizer.
-    matmul: None dequantizes and leaves the product to the layer. "int8" multiplies codes as integers: another arithmetic than the
-      simulation's, whose outputs are near its own and not equal (`core.integer_matmul`); without gradients.
+    matmul: None dequantizes and leaves the product to the layer. "int8" and "float8" multiply codes: another arithmetic than the
+      simulation's, whose outputs are near its own and not equal (`core.matmul`); without gradients.
 
   Returns:
     The same model.
@@ -50,7 +51,7 @@ def compress(model: nn.Module, include: str | Iterable[str] | None = None, matmu
   Warns:
     ConfigWarning: layers that cannot be compressed, with the reason, and weights that another module still holds as floats.
   """
-  integer_matmul.check_name(matmul)
+  codes.check_name(matmul)
   modules = _modules(model)
   chosen = compression.selected(include, list(modules))
   refused: dict[str, str] = {}
@@ -62,7 +63,7 @@ def compress(model: nn.Module, include: str | Iterable[str] | None = None, matmu
       if module.packed_weight is not None or not module.weight_quantizer.is_enabled:
         count += module.packed_weight is not None
         continue
-      reason = _refusal(module) or (products.refusal(module) if matmul is not None else None) or _replace(module, done, matmul)
+      reason = _refusal(module) or (products.refusal(module, matmul) if matmul is not None else None) or _replace(module, done, matmul)
       if reason is None:
         count += 1
       else:

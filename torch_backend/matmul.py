@@ -1,4 +1,4 @@
-"""The layer's product on integer codes (`core.integer_matmul`), where `compress(model, matmul="int8")` asks for it."""
+"""The layer's product on codes (`core.matmul`), where `compress(model, matmul="int8")` or "float8" asks for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import core
-from core import integer_matmul
+from core import matmul as codes
 from torch_backend.packed import PackedWeight
 from torch_backend.sequential import tensor_quantizers
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
   from torch_backend.modules import QuantWeight
 
 
-def refusal(module: QuantWeight) -> str | None:
+def refusal(module: QuantWeight, matmul: str) -> str | None:
   """Why a layer's product cannot be computed on codes; None where it can."""
   if not isinstance(module, nn.Linear):
-    return f"integer products are those of nn.Linear; this is {type(module).__name__}"
+    return f"products of codes are those of nn.Linear; this is {type(module).__name__}"
   weights, inputs = (
     [q.spec for q in tensor_quantizers(held) if q.is_enabled] for held in (module.weight_quantizer, module.input_quantizer)
   )
   if any(q.config.rotate is not None or q.config.bias is not None for q in tensor_quantizers(module.weight_quantizer)):
-    return "an integer product knows no rotation and no offset of the weight"
+    return "a product of codes knows no rotation and no offset of the weight"
   if any(q.config.rotate is not None or q.config.bias is not None for q in tensor_quantizers(module.input_quantizer)):
-    return "an integer product knows no rotation and no offset of the input"
-  return integer_matmul.refusal(weights, inputs)
+    return "a product of codes knows no rotation and no offset of the input"
+  return codes.refusal(matmul, weights, inputs)
 
 
 def linear(module: QuantWeight, held: PackedWeight, x: Tensor) -> Tensor:
@@ -42,17 +42,27 @@ def linear(module: QuantWeight, held: PackedWeight, x: Tensor) -> Tensor:
     [..., N] in the type of x.
 
   Raises:
-    ValueError: a gradient is asked for; integer products have none.
+    ValueError: a gradient is asked for; products of codes have none.
   """
   if torch.is_grad_enabled() and x.requires_grad:
-    raise ValueError('matmul="int8" has no gradient; call the model under torch.no_grad(), or compress it without matmul')
+    raise ValueError(f'matmul="{held.matmul}" has no gradient; call the model under torch.no_grad(), or compress it without matmul')
   q, _ = tensor_quantizers(module.input_quantizer)[0].codes(x)
   weight = core.unpack_tensor(held.packed)
-  product = torch._int_mm(q.codes.reshape(-1, q.codes.shape[-1]), weight.codes.t())  # type: ignore[reportPrivateImportUsage]  # exported, under a private name
-  x_step = q.scale.reshape(-1, 1) if q.scale.numel() > 1 else q.scale.reshape(())
-  w_step = weight.scale.reshape(1, -1) if weight.scale.numel() > 1 else weight.scale.reshape(())
-  y = integer_matmul.rescale(product, x_step, w_step)
+  multiply = _int8 if held.matmul == codes.INT8 else _float8
+  y = codes.rescale(multiply(q.codes.reshape(-1, q.codes.shape[-1]), weight.codes), q.scale, weight.scale)
   bias = module._parameters.get("bias")
   if bias is not None:
     y = y + bias.to(torch.float32)
   return core.cast_saturating(y, x).reshape(*x.shape[:-1], -1)
+
+
+def _int8(x: Tensor, w: Tensor) -> Tensor:
+  """[M, K] and [N, K] int8 -> [M, N] int32."""
+  return torch._int_mm(x, w.t())  # type: ignore[reportPrivateImportUsage]  # exported, under a private name
+
+
+def _float8(x: Tensor, w: Tensor) -> Tensor:
+  """[M, K] and [N, K] codes of E4M3 -> [M, N] float32."""
+  one = torch.ones((), device=x.device)
+  a, b = x.contiguous().view(torch.float8_e4m3fn), w.contiguous().view(torch.float8_e4m3fn)
+  return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)  # type: ignore[reportPrivateImportUsage]

@@ -14,7 +14,7 @@ import torch
 import core
 import jax_backend as jb
 import torch_backend as tb
-from core import integer_matmul
+from core import matmul as products
 
 CHANNEL = {"num_bits": 8, "axis": 0}
 TOKEN = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}
@@ -82,6 +82,25 @@ def test_sums_of_codes(name, compared):
   compared(2 * expected.size)
 
 
+@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG"])
+def test_float8(preset):
+  """`torch._scaled_mm` and JAX's float8 dots (both run on the CPU too) are near the simulation, and refuse other formats."""
+  cfg, model = tb.preset(preset), net()
+  qmodule, qvariables = jb.quantize(Twin(), variables(model), cfg, lambda m: m(jnp.asarray(X)))
+  tb.quantize(model, cfg, lambda m: m(torch.from_numpy(X)))
+  with torch.no_grad():
+    simulated = model[0](torch.from_numpy(X)).numpy()
+    found = tb.compress(model, matmul="float8")[0](torch.from_numpy(X)).numpy()
+  ours = jax.jit(lambda held, x: qmodule.apply(held, x, capture_intermediates=True)[1]["intermediates"]["layers_0"]["__call__"][0])(
+    jb.compress(qmodule, qvariables, matmul="float8"), jnp.asarray(X)
+  )
+  # one layer, since a code of the second one's input may fall otherwise; float32 sums of 64 products, in another order
+  for one in (found, np.asarray(ours)):
+    assert np.abs(one - simulated).max() < 2e-6 * np.abs(simulated).max()
+  with pytest.raises(ValueError, match="matmul 'float8' needs E4M3 with a float32 scale and no zero point; its weight is INT8"):
+    tb.compress(tb.quantize(net(), tb.INT8_DEFAULT_CFG, lambda m: m(torch.from_numpy(X))), matmul="float8")
+
+
 def test_scaled_inputs():
   """pre_quant_scale (SmoothQuant) comes before the codes."""
   model, x = net(), torch.from_numpy(X)
@@ -94,12 +113,12 @@ def test_scaled_inputs():
 
 def test_refusals():
   model = tb.quantize(net(), tb.NVFP4_DEFAULT_CFG, lambda m: m(torch.from_numpy(X)))
-  with pytest.raises(ValueError, match=r"nothing was compressed. 0: an integer product needs signed integers .* its weight is E2M1"):
+  with pytest.raises(ValueError, match=r"nothing was compressed. 0: matmul 'int8' needs signed integers .* its weight is E2M1"):
     tb.compress(model, matmul="int8")
-  with pytest.raises(ValueError, match=r"matmul 'float4' is unknown; allowed are None .* and 'int8'"):
+  with pytest.raises(ValueError, match=r"matmul 'float4' is unknown; allowed are None .* and 'int8', 'float8'"):
     tb.compress(model, matmul="float4")
   qmodule, qvariables = jb.quantize(Twin(), variables(net()), jb.INT8_WEIGHT_ONLY_CFG, lambda m: m(jnp.asarray(X)))
-  with pytest.raises(ValueError, match="an integer product needs one format of the weight and one of the input; it has 1 and 0"):
+  with pytest.raises(ValueError, match="a product of codes needs one format of the weight and one of the input; it has 1 and 0"):
     jb.compress(qmodule, qvariables, matmul="int8")
   with pytest.raises(ValueError, match="is unknown"):
     jb.compress(qmodule, qvariables, matmul="float4")
@@ -107,8 +126,8 @@ def test_refusals():
   with pytest.raises(ValueError, match=r"has no gradient; call the model under torch.no_grad"):
     model(torch.from_numpy(X).requires_grad_())
   blocks = core.QuantSpec.named("int4")
-  assert "one per output" in str(integer_matmul.refusal([blocks], [core.QuantSpec.named("int8")]))
-  assert "one per token" in str(integer_matmul.refusal([core.QuantSpec.named("int8")], [blocks]))
+  assert "one per output" in str(products.refusal("int8", [blocks], [core.QuantSpec.named("int8")]))
+  assert "one per token" in str(products.refusal("int8", [core.QuantSpec.named("int8")], [blocks]))
 
 
 def test_restored_and_copied():

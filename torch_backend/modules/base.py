@@ -163,7 +163,11 @@ class QuantWeight(QuantInput):
 
   def forward(self, *args: Any, **kwargs: Any) -> Any:
     held = self.packed_weight
-    if held is not None and held.matmul is not None:
+    if (
+      held is not None
+      and held.matmul is not None
+      and all(q.is_enabled and q.is_quantizing for q in tensor_quantizers(self.input_quantizer))
+    ):
       beside = self._beside(args, kwargs)
       output = matmul.linear(self, held, args[0] if args else next(iter(kwargs.values())))
       return self._quantized_output(output if beside is None else output + beside)
