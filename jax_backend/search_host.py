@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import flax.linen as nn
 import numpy as np
 from flax.core import meta
 
+from core.config import ConfigWarning
 from core.config.matching import canonical_name
 from core.search.host import Choices, Scores, SearchLayer
 from jax_backend import candidates, discover, layouts, search_scores, tree
@@ -137,7 +139,9 @@ class JaxSearchHost:
     return digest.hexdigest()
 
   def prepare(self, name: str, config: Mapping[str, Any], report: list[dict[str, Any]]) -> None:
-    _, held = self._quantized(config, report)
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", ConfigWarning)  # `finish` says them again
+      _, held = self._quantized(config, report)
     quantizers: dict[Path, dict[str, Any]] = {}
     for path, role, quantizer in tree.items(held["quant"]):
       quantizers.setdefault(path, {})[role] = quantizer
