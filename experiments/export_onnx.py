@@ -56,6 +56,8 @@ COLUMNS = (
   Column("codes_compared", "activation codes", ",d"),
   Column("codes_differing", "differ", ",d"),
   Column("first_differing", "first in"),
+  Column("same_input_compared", "on the runtime's inputs", ",d"),
+  Column("same_input_differing", "differ", ",d"),
   Column("export_seconds", "export s", ".1f"),
   Column("run_seconds", "run s", ".1f"),
 )
@@ -110,6 +112,7 @@ def check(options: Options, backend: str, quantized: Any, ids: np.ndarray, path:
   first = next(iter(found.outputs.values()))
   difference = float(np.abs(first.astype(np.float64) - expected).max())
   compared, differing = flips(codes, found.codes)
+  same_input, on_same_input = flips(_recoded(backend, quantized, found.inputs), found.codes)
   return {
     "megabytes": path.stat().st_size / 1e6,
     "max_difference": difference,
@@ -118,6 +121,8 @@ def check(options: Options, backend: str, quantized: Any, ids: np.ndarray, path:
     "codes_differing": sum(differing.values()),
     "first_differing": next(iter(differing), None),
     "flips": differing,
+    "same_input_compared": same_input,
+    "same_input_differing": sum(on_same_input.values()),
     "export_seconds": exported - started,
     "run_seconds": ran - exported,
   }
@@ -139,13 +144,27 @@ def _export(options: Options, backend: str, quantized: Any, ids: np.ndarray, pat
     jax_backend.export_onnx(quantized.module, quantized.variables, (ids,), path, **common)
 
 
-def simulated(backend: str, quantized: Any, ids: np.ndarray) -> tuple[np.ndarray, dict[tuple[str, int], np.ndarray]]:
-  """(the simulation's output, levels of its activation codes by quantizer and call)."""
+def _adapter(backend: str) -> Any:
   if backend == "torch":
     from experiments import on_torch as adapter
   else:
     from experiments import on_jax as adapter
-  leaves = quantized.leaves()
+  return adapter
+
+
+def _recoded(backend: str, quantized: Any, inputs: dict[tuple[str, int], np.ndarray]) -> dict[tuple[str, int], np.ndarray]:
+  """Levels of the codes that `core` gives the values that the runtime quantized: no order of summation stands in between."""
+  adapter, leaves = _adapter(backend), quantized.leaves()
+  return {
+    key: np.asarray(encoding.decode(np.asarray(adapter.encode(x, leaves[key[0]]).codes), leaves[key[0]][-1].spec.element))
+    for key, x in inputs.items()
+    if key[0] in leaves
+  }
+
+
+def simulated(backend: str, quantized: Any, ids: np.ndarray) -> tuple[np.ndarray, dict[tuple[str, int], np.ndarray]]:
+  """(the simulation's output, levels of its activation codes by quantizer and call)."""
+  adapter, leaves = _adapter(backend), quantized.leaves()
   calls: Counter[str] = Counter()
   found: dict[tuple[str, int], np.ndarray] = {}
 

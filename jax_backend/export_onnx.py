@@ -85,6 +85,7 @@ def export_onnx(
     _register_plugin()
   if not any(True for _ in tree.items(qvariables.get("quant", {}))):
     raise ValueError("the variables hold no quantizers; call quantize first")
+  _check_types(qvariables)
   recorder = _Recorder()
   traced = _with_placeholders(qvariables, recorder)
   inputs = [_as_struct(a) for a in args]
@@ -115,6 +116,14 @@ def _quiet() -> Any:
     yield
   finally:
     logger.setLevel(before)
+
+
+def _check_types(qvariables: Mapping[str, Any]) -> None:
+  for path, leaf in tree.leaves(qvariables.get("params", {})):
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32:
+      raise ValueError(
+        f"parameter {'/'.join(path)} is {leaf.dtype}; jax2onnx writes float32 models only: load the model in float32 to export"
+      )
 
 
 def _as_struct(array: Any) -> jax.ShapeDtypeStruct:

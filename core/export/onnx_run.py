@@ -23,10 +23,12 @@ class Run:
   Attributes:
     outputs: of the model, by name.
     codes: by (quantizer, number of its call): what its codes stand for before the scale is applied, float32, zero points included.
+    inputs: by the same key, of quantizers in the standard form: the float32 values that were quantized.
   """
 
   outputs: dict[str, np.ndarray]
   codes: dict[tuple[str, int], np.ndarray]
+  inputs: dict[tuple[str, int], np.ndarray]
 
 
 def run(path: str | Path, inputs: Sequence[np.ndarray], *, runtime: str = "onnxruntime", optimize: bool = False, codes: bool = True) -> Run:
@@ -48,13 +50,16 @@ def run(path: str | Path, inputs: Sequence[np.ndarray], *, runtime: str = "onnxr
   onnx = package("onnx")
   model = onnx.load(str(path))
   shown = expose(model) if codes else {}
+  quantized = _expose_inputs(model) if codes else {}
   names = [value.name for value in model.graph.input]
   if len(names) != len(inputs):
     raise ValueError(f"{Path(path).name} takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
   given = dict(zip(names, map(np.asarray, inputs), strict=True))
   values = _onnxruntime(model, given, optimize) if runtime == "onnxruntime" else _reference(model, given)
   found = dict(zip([value.name for value in model.graph.output], values, strict=True))
-  return Run({k: v for k, v in found.items() if k not in shown}, {key: found[name] for name, key in shown.items()})
+  outputs = {name: value for name, value in found.items() if name not in shown and name not in quantized}
+  seen = {key: found[name] for name, keys in quantized.items() for key in keys}
+  return Run(outputs, {key: found[name] for name, key in shown.items()}, seen)
 
 
 def expose(model: Any) -> dict[str, tuple[str, int]]:
@@ -79,6 +84,26 @@ def expose(model: Any) -> dict[str, tuple[str, int]]:
     model.graph.output.append(make.make_tensor_value_info(name, kinds.FLOAT, None))
   if shown:
     model.graph.initializer.append(one)
+  return shown
+
+
+def _expose_inputs(model: Any) -> dict[str, list[tuple[str, int]]]:
+  """Add what QuantizeLinear nodes of the standard form read to the outputs: name of the output -> quantizers and numbers of their calls."""
+  onnx = package("onnx")
+  made = {name: node for node in model.graph.node for name in node.output}
+  outputs = {value.name for value in model.graph.output}
+  shown: dict[str, list[tuple[str, int]]] = {}
+  for node in model.graph.node:
+    match = _SHOWN.match(node.output[0])
+    if match is None or node.op_type != "QuantizeLinear":
+      continue
+    before = made.get(node.input[0])
+    if before is not None and before.output[0].startswith(f"{match['name']}."):
+      continue  # a value that the quantizer has scaled, cut or cast itself
+    if node.input[0] not in shown and node.input[0] not in outputs:
+      model.graph.output.append(onnx.helper.make_tensor_value_info(node.input[0], onnx.TensorProto.FLOAT, None))
+    if node.input[0] not in outputs:
+      shown.setdefault(node.input[0], []).append((match["name"], int(match["call"] or 0)))
   return shown
 
 

@@ -57,3 +57,10 @@ def test_scanned_stacks_are_refused_by_name(tmp_path: Path) -> None:
   with pytest.raises(ValueError, match=r"Dense.*is a stack .nn.scan or nn.vmap.; build the model without it"):
     jax_backend.export_onnx(module, variables, (x,), tmp_path / "net.onnx")
   assert list(tmp_path.iterdir()) == []
+
+
+def test_other_types_are_refused_by_name(tmp_path: Path) -> None:
+  net = twins.Jax().quantize("max", CONFIG)
+  variables = {**net.variables, "params": jax.tree.map(lambda a: a.astype(jnp.bfloat16), net.variables["params"])}
+  with pytest.raises(ValueError, match=r"parameter .* is bfloat16; jax2onnx writes float32 models only"):
+    jax_backend.export_onnx(net.module, variables, (jnp.zeros((1, 2, twins.WIDTH)),), tmp_path / "net.onnx")

@@ -31,10 +31,11 @@ def _row(backend: str, source: str, config: str, ids: np.ndarray, path: Path, **
 
 
 def _assert_explained(row: dict[str, Any]) -> None:
-  """Equal but for the order of summation, or codes that fell otherwise are counted: a few of all, for they come from ties."""
+  """Equal but for the order of summation where no code differs; the codes of the same inputs are equal, whatever stands before them."""
   if not row["codes_differing"]:
     assert row["relative_difference"] <= export_onnx.TOLERANCE, row
-  assert row["codes_differing"] <= 0.01 * row["codes_compared"], row
+  # the standard form divides where core multiplies by the reciprocal: it may turn a value within 2 ulp of a midpoint, about one in 10^6
+  assert row["same_input_differing"] <= 1e-4 * row["same_input_compared"], row
 
 
 @pytest.mark.parametrize("config", LLAMA)
