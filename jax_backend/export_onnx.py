@@ -224,7 +224,7 @@ def _with_placeholders(qvariables: Mapping[str, Any], recorder: _Recorder) -> di
     replaced = _placeholder_of(quantizer, label, recorder)
     first, place = replaced.leaves[0], (*path, quantizer.param or "")
     if quantizer.leaves[0].packed is not None:
-      params = _put(params, place, _unpacked(quantizer, first.label, recorder))
+      params = _put(params, place, _unpacked(quantizer, label if isinstance(quantizer, Quantizer) else f"{label}.0", recorder))
     elif quantizer.param is not None and first.mode == QUANTIZE:
       first(meta.unbox(tree.lookup(params, place)))
     entries[path, name] = replaced
