@@ -122,7 +122,7 @@ def _identity(host: SearchHost, request: Request, plan: Plan) -> dict[str, Any]:
     "model": host.fingerprint(),
     "method": request.method,
     "formats": {name: value for name, value in spaces.to_plain(plan.formats).items() if name in used},
-    "columns": [list(column) for column in scores.columns(request.method, plan)],
+    "choice of layers and formats": [list(column) for column in scores.columns(request.method, plan)],
     **held,
   }
 

@@ -190,7 +190,8 @@ def test_files_of_other_searches_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"holds the scores of another model"):
     classify(experts(1), {"effective_bits": 6}, FORMATS, features(1), checkpoint=file)
   with pytest.raises(
-    ValueError, match=r"another formats and another columns \(formats: NVFP4_DEFAULT_CFG, FP8_DEFAULT_CFG, INT8_DEFAULT_CFG there, "
+    ValueError,
+    match=r"another formats and another choice of layers and formats \(formats: NVFP4_DEFAULT_CFG, FP8_DEFAULT_CFG, INT8_DEFAULT_CFG there",
   ):
     classify(experts(), {"effective_bits": 6}, FORMATS[:2], features(1), checkpoint=file)
   changed = {"NVFP4_DEFAULT_CFG": "NVFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG": "FP8_DEFAULT_CFG", "INT8_DEFAULT_CFG": "MXINT8_DEFAULT_CFG"}
