@@ -32,7 +32,7 @@ def to_files(quantizer: Quantizer, index: tuple[int, ...], dtype: str) -> files.
   held: Packed = quantizer.packed.at(index)
   seen, _ = quantizer.view(held.shape)
   offset = None if held.offset is None else _to_torch(np.asarray(held.offset, np.float32), seen)
-  return files.Packed.of(core.pack_tensor(quantized(quantizer, index)), offset, dtype)
+  return files.Packed.of(core.pack_tensor(quantized(quantizer, index)), offset, dtype, held.matmul)
 
 
 def from_files(quantizer: Quantizer, weight: files.Packed, shape: tuple[int, ...]) -> Packed:
@@ -52,7 +52,7 @@ def from_files(quantizer: Quantizer, weight: files.Packed, shape: tuple[int, ...
   moved = None if offset is None else _to_view(offset, seen)
   c, s, t, z, o = (None if part is None else jnp.asarray(part) for part in (*held[:4], moved))
   dtype = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}[weight.dtype]
-  return Packed(c, s, t, z, o, spec, tuple(codes.shape), shape, dtype)
+  return Packed(c, s, t, z, o, spec, tuple(codes.shape), shape, dtype, weight.matmul)
 
 
 def with_room(variables: Mapping[str, Any]) -> dict[str, Any]:

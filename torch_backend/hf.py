@@ -18,9 +18,7 @@ from core import state as files
 from torch_backend.state import restore, save
 
 
-def save_pretrained(
-  model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None, metadata: dict[str, Any] | None = None
-) -> Path:
+def save_pretrained(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None, metadata: dict[str, Any] | None = None) -> Path:
   """Save a quantized transformers model as a folder that `from_pretrained` reads.
 
   Args:
@@ -38,7 +36,7 @@ def save_pretrained(
     ValueError, OSError: as `save`.
   """
   transformers = _transformers()
-  if not issubclass(type(model), transformers.PreTrainedModel):
+  if not isinstance(model, transformers.PreTrainedModel):
     raise TypeError(f"save_pretrained takes a transformers model, got {type(model).__name__}; use save(model, directory) for other modules")
   place = save(model, folder, metadata=metadata)
   config = model.config.to_diff_dict() | {"architectures": [type(model).__name__], "model_type": model.config.model_type}

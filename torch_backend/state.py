@@ -141,7 +141,7 @@ def _tensor(name: str, held: torch.Tensor) -> Tensor:
 
 def _packed(name: str, held: PackedWeight) -> Packed:
   parts = {part: _tensor(f"{name}.{part}", t) for part, t in held.buffers_by_name().items() if t is not None}
-  return Packed(held.spec, _NAMES[held.dtype], held.shape, parts)
+  return Packed(held.spec, _NAMES[held.dtype], held.shape, parts, held.matmul)
 
 
 def _bytes(held: torch.Tensor, dtype: str) -> np.ndarray:
@@ -287,6 +287,7 @@ def _packed_weight(saved: Packed, old: torch.Tensor) -> PackedWeight:
     torch.empty(0, dtype=DTYPES[saved.dtype], device=old.device),
   )
   made.requires_grad_weight = old.requires_grad
+  made.matmul = saved.matmul
   return made
 
 

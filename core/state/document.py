@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from core import matmul
 from core.config.describe import spec_attributes
 from core.config.entries import QuantConfig
 from core.config.frozen import check_keys, thaw
@@ -64,8 +65,13 @@ def to_json(state: State, version: int, files: Mapping[str, Any]) -> dict[str, A
 
 
 def _packed_json(packed: Packed) -> dict[str, Any]:
-  entry = {"attributes": plain(spec_attributes(packed.spec), "attributes"), "dtype": packed.dtype, "shape": list(packed.shape)}
-  return entry | {"tensors": [part for part in PARTS if part in packed.tensors]}
+  entry: dict[str, Any] = {
+    "attributes": plain(spec_attributes(packed.spec), "attributes"),
+    "dtype": packed.dtype,
+    "shape": list(packed.shape),
+  }
+  entry["tensors"] = [part for part in PARTS if part in packed.tensors]
+  return entry if packed.matmul is None else entry | {"matmul": packed.matmul}
 
 
 def _leaf_json(name: str, leaf: Leaf) -> dict[str, Any]:
@@ -124,7 +130,7 @@ def _packed(name: str, entry: Any, rest: dict[str, Tensor]) -> Packed:
   ValueError: the entry is not that of a compressed weight, or its tensors are missing.
   """
   keys = {"attributes", "dtype", "shape", "tensors"}
-  if not isinstance(entry, Mapping) or set(entry) != keys or name in rest:
+  if not isinstance(entry, Mapping) or set(entry) - {"matmul"} != keys or name in rest:
     raise ValueError(f"packed weight {name!r}: an object with {', '.join(sorted(keys))} is needed, and no tensor of that name")
   dtype, shape, parts = entry["dtype"], entry["shape"], entry["tensors"]
   if dtype not in WEIGHT_TYPES or not are_sizes(shape) or not shape:
@@ -135,10 +141,11 @@ def _packed(name: str, entry: Any, rest: dict[str, Tensor]) -> Packed:
   if missing:
     raise ValueError(f"packed weight {name!r}: {', '.join(missing)} is in none of the files")
   try:
+    matmul.check_name(entry.get("matmul"))
     spec = spec_from_attributes(entry["attributes"])
   except (ValueError, TypeError) as error:
     raise ValueError(f"packed weight {name!r}: {error}") from error
-  return Packed(spec, dtype, tuple(shape), {part: rest.pop(f"{name}.{part}") for part in parts})
+  return Packed(spec, dtype, tuple(shape), {part: rest.pop(f"{name}.{part}") for part in parts}, entry.get("matmul"))
 
 
 def _chosen(words: Any, allowed: tuple[str, ...]) -> bool:

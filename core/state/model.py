@@ -62,12 +62,14 @@ class Packed:
     dtype: type that the weight is dequantized to.
     shape: of the weight, [out, in, ...].
     tensors: some of `PARTS`.
+    matmul: name of the arithmetic of the layer's product (`core.matmul`), or None.
   """
 
   spec: QuantSpec
   dtype: str
   shape: tuple[int, ...]
   tensors: Mapping[str, Tensor]
+  matmul: str | None = None
 
   def describe(self) -> str:
     return f"packed {self.dtype} {list(self.shape)}"
@@ -79,11 +81,11 @@ class Packed:
     return core.PackedTensor(*four, self.spec, self.shape), held.get("offset")
 
   @classmethod
-  def of(cls, packed: core.PackedTensor, offset: np.ndarray | None, dtype: str) -> Packed:
+  def of(cls, packed: core.PackedTensor, offset: np.ndarray | None, dtype: str, matmul: str | None = None) -> Packed:
     """Of numpy arrays."""
     held = dict(zip(PARTS, (*packed[:4], offset), strict=True))
     tensors = {part: Tensor.of(np.asarray(value)) for part, value in held.items() if value is not None}
-    return cls(packed.spec, dtype, tuple(packed.shape), tensors)
+    return cls(packed.spec, dtype, tuple(packed.shape), tensors, matmul)
 
 
 @dataclasses.dataclass(frozen=True)

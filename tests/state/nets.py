@@ -176,7 +176,10 @@ def jax_weights(qvariables: Any) -> dict[str, np.ndarray]:
 
   found = {}
   for path, name, quantizer, weight in weights.each(qvariables):
-    value = weights.quantized(quantizer, weight) if quantizer.acts else weight
+    if quantizer.leaves[0].packed is not None:
+      value = weights.unpacked(quantizer)
+    else:
+      value = weights.quantized(quantizer, weight) if quantizer.acts else weight
     found[tree.full_name(path, name).rpartition(".")[0]] = np.asarray(layouts.to_torch(value, quantizer.layout), np.float32)
   return found
 

@@ -46,9 +46,14 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_algorithms(name, backend, tmp_path, compared):
+# Calibration in JAX compiles the model for every statistic that an algorithm asks for.
+CASES = [
+  pytest.param(b, n, marks=[pytest.mark.slow] if b == "jax" and n != "smoothquant" else []) for b in ("torch", "jax") for n in ALGORITHMS
+]
+
+
+@pytest.mark.parametrize("backend, name", CASES)
+def test_algorithms(backend, name, tmp_path, compared):
   quant_cfg, algorithm = ALGORITHMS[name]
   config = {"quant_cfg": {"default": {"enable": False}, **quant_cfg}, "algorithm": algorithm}
   if backend == "torch":

@@ -44,6 +44,7 @@ def test_a_scanned_stack_is_saved_layer_by_layer_under_torch_names(stack, tmp_pa
   assert np.abs(nets.jax_output(qmodule, qvariables) - nets.jax_output(*unrolled)).max() < 1e-5
 
 
+@pytest.mark.slow  # calibration compiles the whole model
 def test_a_scanned_model_calibrated_as_such_computes_the_same_when_restored(tmp_path):
   module = nets.FlaxNet(2, 0)
   config = {**tb.preset("INT4_AWQ_CFG"), "algorithm": {"method": "svdquant", "lowrank": 2}}
@@ -73,6 +74,7 @@ class Heads(nn.Module):
     return nn.DenseGeneral(8, axis=(-2, -1), name="join")(x)
 
 
+@pytest.mark.slow  # calibration compiles the whole model
 def test_kernels_and_biases_of_several_axes_are_saved_as_torch_would_hold_them(tmp_path):
   x = jnp.asarray(nets.data())
   variables = Heads().init(jax.random.key(0), x)
@@ -85,6 +87,7 @@ def test_kernels_and_biases_of_several_axes_are_saved_as_torch_would_hold_them(t
   assert jnp.array_equal(restored[0].apply(restored[1], x), qmodule.apply(qvariables, x))
 
 
+@pytest.mark.slow  # calibration compiles the whole model
 def test_convolutions_and_batch_statistics(tmp_path):
   module, x = flax_nets.CNN(), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
   variables = module.init(jax.random.key(0), x)
@@ -96,6 +99,7 @@ def test_convolutions_and_batch_statistics(tmp_path):
   assert jnp.array_equal(restored[0].apply(restored[1], x), qmodule.apply(qvariables, x))
 
 
+@pytest.mark.slow  # calibration compiles the whole model
 def test_an_embedding_of_indices_and_a_norm_of_the_models_own_in_a_stack(tmp_path):
   module = flax_nets.Llama(3, 0)
   tokens = flax_nets.tokens()

@@ -141,6 +141,18 @@ def test_a_float_module_cannot_take_codes(tmp_path):
     tb.restore(Own(False), tmp_path)
 
 
+def test_the_arithmetic_of_products_is_kept(tmp_path):
+  quant_cfg = {**OFF, "*up_proj.weight_quantizer": FORMATS["int8"], "*up_proj.input_quantizer": {"num_bits": 8}}
+  net = nets.quantized_torch({"quant_cfg": quant_cfg, "algorithm": "max"})
+  tb.compress(net, matmul="int8")
+  tb.save(net, tmp_path)
+  other = tb.restore(nets.torch_net(seed=2), tmp_path)
+  assert other.layers[0].mlp.up_proj.packed_weight.matmul == "int8"
+  assert np.array_equal(nets.torch_output(other), nets.torch_output(net))
+  _, qvariables = jb.restore(nets.FlaxNet(), nets.flax_variables(), tmp_path)
+  assert qvariables["quant"]["layers_0"]["mlp"]["up_proj"]["weight_quantizer"].packed.matmul == "int8"
+
+
 def test_codes_of_a_bfloat16_model(tmp_path):
   net = compressed(nets.quantized_torch(config("nvfp4"), dtype=torch.bfloat16))
   tb.save(net, tmp_path)

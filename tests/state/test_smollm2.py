@@ -63,9 +63,8 @@ def test_torch_to_jax_and_back(name, compressed, tmp_path, compared):
     count += value.size
   # Another order of summation moves single activation codes, and one code moves everything behind it (README).
   apart = np.abs(np.asarray(qmodule.apply(qvariables, jnp.asarray(ids()))) - expected).max()
-  print(
-    f"\n{name}{' compressed' * compressed}: {size:,} bytes, saved in {saved:.1f} s, restored in JAX in {restored:.1f} s; logits up to {apart:.3g} apart"
-  )
+  times = f"saved in {saved:.1f} s, restored in JAX in {restored:.1f} s"
+  print(f"\n{name}{' compressed' * compressed}: {size:,} bytes, {times}; logits up to {apart:.3g} apart")
 
   jax_backend.save(qmodule, qvariables, tmp_path / "jax")
   del qvariables, simulated
