@@ -115,7 +115,9 @@ class TorchNamespace:
     """[..., C] of a numpy table [R, C] and an index [...] below R."""
     held = self._tables.get((id(table), device := index.device))
     if held is None:
-      held = self._tables[id(table), device] = (table, self.torch.from_numpy(table).to(device))
+      held = (table, self.torch.from_numpy(table).to(device))
+      if type(held[1]) is self.torch.Tensor:  # a fake tensor, of a mode that only follows shapes, is not kept
+        self._tables[id(table), device] = held
     return self.torch.nn.functional.embedding(index.to(self.torch.int32), held[1])
 
   def concat(self, arrays: list[Array], axis: int) -> Array:

@@ -21,8 +21,8 @@ from tests.jax_backend import nets
 from torch_backend.host import TorchHost
 
 # Presets of different weight formats; the others and the narrow float types are slow tests: each case compiles half a dozen functions.
-FORMATS = ["INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG", "MXFP6_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "W4A8_AWQ_BETA_CFG"]
-NARROW = [("NVFP4_DEFAULT_CFG", "bfloat16"), ("MXFP4_DEFAULT_CFG", "float16")]
+FORMATS = ["INT8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "W4A8_AWQ_BETA_CFG"]
+NARROW = [("MXFP6_DEFAULT_CFG", "bfloat16"), ("FP8_DEFAULT_CFG", "float16")]
 ALL = [name for name in sorted(jb.choices) if "_KV_" not in name and name != "NVFP4_EXPERTS_ONLY_CFG"]
 CASES = [
   pytest.param(n, d, marks=() if (n in FORMATS and d == "float32") or (n, d) in NARROW else pytest.mark.slow)
@@ -92,7 +92,7 @@ def test_every_preset(preset, dtype, compared):
   compared(expected.size)
 
 
-@pytest.mark.parametrize("stack", [pytest.param(None, marks=pytest.mark.slow), 0, 1])
+@pytest.mark.parametrize("stack", [pytest.param(None, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.slow), 1])
 def test_scanned_stacks(stack, compared):
   """A scanned stack's codes are sliced with it, wherever its parameters have the stacked axis."""
   module, tokens = nets.Llama(stack=stack), nets.tokens()
@@ -118,28 +118,64 @@ def fake_amax(qvariables, name):
   return amax[int(index[:-1])] if index else amax
 
 
-def test_every_kind_of_layer(compared):
-  """Convolutions in Flax's layouts, grouped and transposed, and a table; zero points, and double quantization in torch's order."""
+ROWS = {
+  "nf4, double quantization": {"format": "nf4_double"},  # in torch's order of elements
+  "signed scales": {"num_bits": 4, "block_sizes": {-1: 32}},
+  "turned": {"num_bits": 4, "axis": 0, "rotate": {"enable": True, "mode": "rotate_back"}},
+  "blocks with zero points": {"num_bits": 4, "block_sizes": {-1: 16}, "unsigned": True, "zero_point": True},
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "blocks with zero points" else ()) for name in ROWS])
+def test_more_formats(name, compared):
+  """Formats that no preset has: each weight from its codes, and the codes that torch would store."""
+  x = jax.random.normal(jax.random.key(1), (4, 64))
+  config = {"quant_cfg": {"default": {"enable": False}, "*weight_quantizer": ROWS[name]}, "algorithm": "max"}
+  qmodule, fake = quantized(Net(), Net().init(jax.random.key(0), x), config, x)
+  if name == "signed scales":
+    flipped = {key: q.with_amax(-q.amax) for key, q in tree_of(fake).items() if q.param is not None}
+    fake = {**fake, "quant": tree.build({**tree_of(fake), **flipped})}
+  packed = jb.compress(qmodule, fake)
+  after = computed(packed)
+  for key, weight in computed(fake).items():
+    assert_same_bits(after[key], weight)
+    compared(weight.size)
+  held, first = JaxHost(qmodule, packed, None).stored("mlp"), jb.quantizers(fake)["mlp.weight_quantizer"]
+  assert held is not None
+  if name != "turned":
+    amax = None if first.amax is None else np.asarray(first.amax)
+    q = core.quantize(np.asarray(fake["params"]["mlp"]["kernel"]).T.copy(), first.spec, amax)
+    assert held.codes.tobytes() == q.codes.tobytes() and held.scale.tobytes() == q.scale.tobytes()
+    assert name != "signed scales" or (held.scale < 0).all()
+
+
+def tree_of(qvariables):
+  return {(path, name): q for path, name, q in tree.items(qvariables["quant"])}
+
+
+KINDS = {
+  "affine": {"num_bits": 4, "axis": 0, "bias": {0: None, "type": "static"}},
+  "per channel": {"num_bits": 8, "axis": 0},
+  "zero points": {"num_bits": 4, "axis": 0, "unsigned": True, "zero_point": True},
+  "two axes": {"num_bits": 3, "axis": (0, 1)},
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind == "zero points" else pytest.mark.slow) for kind in KINDS])
+def test_every_kind_of_layer(kind, compared):
+  """Convolutions in Flax's layouts, grouped and transposed."""
   module, x = nets.CNN(), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-  variables = module.init(jax.random.key(0), x)
-  for attributes in (
-    {"num_bits": 8, "axis": 0},
-    {"num_bits": 4, "axis": 0, "bias": {0: None, "type": "static"}},
-    {"num_bits": 3, "axis": (0, 1)},
-  ):
-    config = {"quant_cfg": {"default": {"enable": False}, "*weight_quantizer": attributes}, "algorithm": "max"}
-    qmodule, fake = quantized(module, variables, config, x)
-    packed = jb.compress(qmodule, fake)
-    assert_same_bits(jax.jit(qmodule.apply)(packed, x), jax.jit(qmodule.apply)(fake, x))
-    after = computed(packed)
-    for name, weight in computed(fake).items():
-      assert_same_bits(after[name], weight)
-      compared(weight.size)
+  config = {"quant_cfg": {"default": {"enable": False}, "*weight_quantizer": KINDS[kind]}, "algorithm": "max"}
+  qmodule, fake = quantized(module, module.init(jax.random.key(0), x), config, x)
+  packed = jb.compress(qmodule, fake)
+  assert_same_bits(jax.jit(qmodule.apply)(packed, x), jax.jit(qmodule.apply)(fake, x))
+  after = computed(packed)
+  for name, weight in computed(fake).items():
+    assert_same_bits(after[name], weight)
+    compared(weight.size)
 
 
-@pytest.mark.parametrize(
-  "formats", [pytest.param(n, marks=() if n in ("int4", "nvfp4_static") else pytest.mark.slow) for n in twins.FORMATS]
-)
+@pytest.mark.parametrize("formats", [pytest.param(n, marks=() if n == "nvfp4_static" else pytest.mark.slow) for n in twins.FORMATS])
 def test_codes_are_those_of_torch(formats, compared):
   """Both backends store the same codes and scales, and a host shows them alike."""
   config = {"quant_cfg": twins.FORMATS[formats], "algorithm": "max"}

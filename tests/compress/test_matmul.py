@@ -60,7 +60,7 @@ def exact(x: np.ndarray, layer, input_amax) -> np.ndarray:
   return y.reshape(*x.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "token" else pytest.mark.slow) for n in CONFIGS])
 def test_sums_of_codes(name, compared):
   """Both backends return what the definition says, to the last bit, and stay near the simulation."""
   cfg, model = config(*CONFIGS[name]), net()
@@ -82,7 +82,7 @@ def test_sums_of_codes(name, compared):
   compared(2 * expected.size)
 
 
-@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG"])
+@pytest.mark.parametrize("preset", [pytest.param("FP8_DEFAULT_CFG", marks=pytest.mark.slow), "FP8_PER_CHANNEL_PER_TOKEN_CFG"])
 def test_float8(preset):
   """`torch._scaled_mm` and JAX's float8 dots (both run on the CPU too) are near the simulation, and refuse other formats."""
   cfg, model = tb.preset(preset), net()
