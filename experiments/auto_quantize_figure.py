@@ -28,7 +28,7 @@ def draw(folder: Path, backend: str, state: Mapping[str, Any], rows: Sequence[Ma
   height = max(3.0, 0.16 * len(state["groups"]))
   save(folder / f"sensitivity-{backend}.png", [functools.partial(_sensitivity, state=state)], (7.5, height))
   kinds, depth = _places(state)
-  save(folder / f"depth-{backend}.png", [functools.partial(_depth, state=state)], (2.5 + 0.28 * depth, 1.6 + 0.4 * len(kinds)))
+  save(folder / f"depth-{backend}.png", [functools.partial(_depth, state=state)], (6.0 + 0.28 * depth, 1.6 + 0.4 * len(kinds)))
   save(folder / f"pareto-{backend}.png", [functools.partial(_pareto, rows=rows)], (7.0, 5.0))
 
 
