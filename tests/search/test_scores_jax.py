@@ -98,6 +98,7 @@ def mixed():
   return module, variables, x, host_of(module, variables, [x], {"int8": INT8_OUT})
 
 
+@pytest.mark.slow
 def test_gradient_scores_are_those_of_a_perturbation(mixed):
   """g from a perturbation of the output, Q(y) from `quantize` of the layer alone: (g (Q(y) - y))^2, summed, in float64."""
   module, variables, x, host = mixed
@@ -215,42 +216,57 @@ class Stack(nn.Module):
     return x
 
 
+CASES = [(1, True, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, False, True), (None, True, True)))]
+
+
 @pytest.fixture(scope="module")
 def unrolled():
+  """(module, parameters, input, host with one format whose algorithm changes weights and scales inputs)."""
   x = jax.random.normal(jax.random.key(0), (2, 5, 16))
   variables = jax.jit(Stack().init)(jax.random.key(1), x)
-  return variables["params"], x, measured(Stack(), variables["params"], x)
+  return Stack(), variables["params"], x, awq_host(Stack(), variables["params"], x)
 
 
-def measured(module: nn.Module, params: Any, x: Any) -> tuple[Any, Any, Any, Any]:
-  """(gradient scores, KL scores, weight errors, traces), with a format whose algorithm changes weights and scales inputs."""
-  host = host_of(module, {"params": params}, [x], {"awq": {"quant_cfg": INT8_OUT["quant_cfg"], "algorithm": "awq_lite"}})
-  choices = choices_of(host, "awq")
-  groups = {"all": tuple(choices)}
-  shapes = {s.name: (s.copies, *s.shape) if s.copies > 1 else s.shape for s in host.layers()}
-  # One vector for all copies, so that an unrolled stack has the same.
-  vectors = {
-    name: functools.partial(np.broadcast_to, probe(0, 0, 0, name.rpartition(".")[2], shape[-2:])(), shape) for name, shape in shapes.items()
-  }
-  traces = host.hessian_traces(0, x, list(choices), [vectors])
-  return host.gradient_scores(0, x, choices), host.kl_scores(0, x, choices, groups), host.weight_errors(choices), traces
+def awq_host(module: nn.Module, params: Any, x: Any) -> JaxSearchHost:
+  return host_of(module, {"params": params}, [x], {"awq": {"quant_cfg": INT8_OUT["quant_cfg"], "algorithm": "awq_lite"}})
 
 
-@pytest.mark.parametrize(
-  ("axis", "remat", "jit"),
-  [(1, True, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, False, True), (None, True, True)))],
-)
-def test_scores_through_transforms(unrolled, axis, remat, jit):
-  """A stack's scores are the sums of its layers'. 1e-5: the same float32 operations, fused and summed in another order."""
-  params, x, (gradients, divergences, errors, traces) = unrolled
+def transformed(params: Any, x: Any, axis: int | None, remat: bool, jit: bool) -> JaxSearchHost:
   if axis is not None:
     params = {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), params["layers_0"], params["layers_1"])}
-  found = measured(Stack(axis, remat, jit), params, x)
+  return awq_host(Stack(axis, remat, jit), params, x)
+
+
+def assert_sums_agree(found: Any, expected: Any, rtol: float) -> None:
+  """A stack's scores are the sums of its layers'."""
   for layer in ("up", "down"):
-    names = [f"layers.{i}.{layer}" for i in range(2)]
-    here = names if axis is None else [f"layers.{layer}"]
-    np.testing.assert_allclose(sum(found[0][n]["awq"] for n in here), sum(gradients[n]["awq"] for n in names), rtol=1e-5)
-    for part in (0, 1):
-      np.testing.assert_allclose(sum(found[2][n]["awq"][part] for n in here), sum(errors[n]["awq"][part] for n in names), rtol=1e-6)
-    np.testing.assert_allclose(sum(found[3][n] for n in here), sum(traces[n] for n in names), rtol=1e-3)  # a difference of large terms
-  np.testing.assert_allclose(found[1]["all"]["awq"], divergences["all"]["awq"], rtol=1e-3)
+    here, there = ([np.asarray(value) for name, value in row.items() if name.endswith(layer)] for row in (found, expected))
+    assert there and np.all(sum(there) != 0)
+    np.testing.assert_allclose(sum(here), sum(there), rtol=rtol)
+
+
+@pytest.mark.parametrize(("axis", "remat", "jit"), CASES)
+def test_gradient_scores_through_transforms(unrolled, axis, remat, jit):
+  """1e-5: the same float32 operations, fused and summed in another order."""
+  _, params, x, plain = unrolled
+  host = transformed(params, x, axis, remat, jit)
+  found, expected = (one.gradient_scores(0, x, choices_of(one, "awq")) for one in (host, plain))
+  assert_sums_agree({n: row["awq"] for n, row in found.items()}, {n: row["awq"] for n, row in expected.items()}, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("axis", "remat", "jit"), CASES)
+def test_other_scores_through_transforms(unrolled, axis, remat, jit):
+  _, params, x, plain = unrolled
+  results = []
+  for host in (transformed(params, x, axis, remat, jit), plain):
+    choices = choices_of(host, "awq")
+    shapes = {s.name: (s.copies, *s.shape) if s.copies > 1 else s.shape for s in host.layers()}
+    # One vector for all copies, so that an unrolled stack has the same.
+    vectors = {n: functools.partial(np.broadcast_to, probe(0, 0, 0, n.rpartition(".")[2], s[-2:])(), s) for n, s in shapes.items()}
+    errors = {name: row["awq"] for name, row in host.weight_errors(choices).items()}
+    results.append((host.kl_scores(0, x, choices, {"all": tuple(choices)}), errors, host.hessian_traces(0, x, list(choices), [vectors])))
+  (divergence, errors, traces), (expected, other_errors, other_traces) = results
+  np.testing.assert_allclose(divergence["all"]["awq"], expected["all"]["awq"], rtol=1e-3)
+  assert_sums_agree(errors, other_errors, 1e-6)
+  assert_sums_agree(traces, other_traces, 1e-3)  # differences of large terms
