@@ -11,7 +11,7 @@ import numpy as np
 
 from core import export as core_export
 from core.export import Stage
-from jax_backend import tree
+from jax_backend import layouts, tree
 from jax_backend.apply import QuantModule
 from jax_backend.edit import is_quantized
 from jax_backend.host import WEIGHT, JaxHost
@@ -110,10 +110,10 @@ class ExportHost(JaxHost):
     return {name: _TYPES[jnp.asarray(self._parameter(w.path[:-1], w.path[-1])).dtype.name] for name, w in self._places.items()}
 
   def tensor(self, name: str) -> np.ndarray:
-    found = self.parameter(name)
-    if found is None:
-      raise ValueError(f"the model has no parameter {name!r}")
-    return found
+    where = self._places[name]
+    held = self._held(where) if where.stack else jnp.asarray(self._parameter(where.path[:-1], where.path[-1]))
+    value = np.asarray(layouts.to_torch(held, where.layout))  # a view where nothing is transposed
+    return value if value.dtype == np.float64 else value.astype(np.float32, copy=False)
 
 
 def _stages(quantizer: AnyQuantizer, index: tuple[int, ...]) -> tuple[Stage, ...]:

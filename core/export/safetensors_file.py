@@ -165,7 +165,7 @@ class File:
     if len(data) != entry.nbytes:
       raise ValueError(f"{self.path} is cut off in tensor {name!r}")
     bits = np.dtype(DTYPES[entry.dtype])
-    return np.frombuffer(data, bits).astype(bits.newbyteorder("=")).reshape(entry.shape)
+    return np.frombuffer(data, bits).astype(bits.newbyteorder("="), copy=False).reshape(entry.shape)
 
 
 def to_bits(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -180,7 +180,7 @@ def to_bits(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
   if dtype not in ("F64", "F32", "F16"):
     raise ValueError(f"dtype {dtype!r} is no type of unquantized weights; allowed are F64, F32, F16, BF16")
-  return np.asarray(values).astype(np.dtype(DTYPES[dtype]).newbyteorder("="))
+  return np.asarray(values).astype(np.dtype(DTYPES[dtype]).newbyteorder("="), copy=False)
 
 
 def to_float(bits: np.ndarray, dtype: str) -> np.ndarray:
@@ -193,4 +193,4 @@ def to_float(bits: np.ndarray, dtype: str) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
   if dtype not in ("F64", "F32", "F16"):
     raise ValueError(f"dtype {dtype!r} holds no unquantized weights; allowed are F64, F32, F16, BF16")
-  return bits if dtype == "F64" else bits.astype(np.float32)
+  return bits if dtype == "F64" else bits.astype(np.float32, copy=False)

@@ -215,12 +215,12 @@ def test_an_index_and_its_files_agree(folder: Path, tmp_path: Path) -> None:
 
 
 def test_random_damage(folder: Path, tmp_path: Path) -> None:
-  """1 of 150 bytes of a configuration or a header changed: an error that is no crash, or a folder that still fits together."""
+  """A bit of a configuration or a header flipped: an error that is no crash, or a folder that still fits together."""
   shutil.copytree(folder, tmp_path / "out")
   rng, refused = random.Random(1), 0
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", RuntimeWarning)
-    for _ in range(150):
+    for _ in range(100):
       name = rng.choice(["config.json", "model.safetensors"])
       content = bytearray((folder / name).read_bytes())
       place = rng.randrange(8 + int.from_bytes(content[:8], "little") if name != "config.json" else len(content))
@@ -231,4 +231,4 @@ def test_random_damage(folder: Path, tmp_path: Path) -> None:
       except (ValueError, FileNotFoundError):
         refused += 1
       shutil.copyfile(folder / name, tmp_path / "out" / name)
-  assert refused > 75
+  assert refused > 50

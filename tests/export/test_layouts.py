@@ -197,6 +197,17 @@ def test_compressed_models(llama: Path, tmp_path: Path, name: str) -> None:
     assert file.read_bytes() == (tmp_path / "packed" / file.name).read_bytes(), file.name
 
 
+def test_compressed_variables(tmp_path: Path) -> None:
+  """The same in JAX."""
+  made = twins.Jax().quantize("max", twins.FORMATS["nvfp4"])
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", ConfigWarning)
+    jax_backend.export(made.module, made.variables, tmp_path / "float")
+    jax_backend.export(made.module, jax_backend.compress(made.module, made.variables), tmp_path / "packed")
+  for file in (tmp_path / "float").iterdir():
+    assert file.read_bytes() == (tmp_path / "packed" / file.name).read_bytes(), file.name
+
+
 @pytest.mark.parametrize(
   ("attributes", "wanted"),
   [
