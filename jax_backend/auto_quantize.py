@@ -8,8 +8,10 @@ from typing import Any
 
 import flax.linen as nn
 
+from core import compression
 from core.search import driver, errors
 from core.search.driver import Request
+from jax_backend import tree
 from jax_backend.apply import QuantModule
 from jax_backend.convert import check_module
 from jax_backend.search_host import JaxSearchHost
@@ -95,6 +97,7 @@ def auto_quantize(
   References: nvidia-modelopt 0.47, auto_quantize; Dong et al., 2019, arXiv:1911.03852 (HAWQ-V2) for "hessian".
   """
   check_module(module, variables)
+  compression.refuse_compressed(tree.compressed_layers(variables.get("quant", {})), "auto_quantize")
   driver.check_data(data_loader, {"num_calib_steps": num_calib_steps, "num_score_steps": num_score_steps, "num_probes": num_probes}, method)
   step = _step(method, forward_step, loss_func, forward_backward_step)
   batches = None if data_loader is None else functools.partial(driver.limited, data_loader, num_calib_steps)

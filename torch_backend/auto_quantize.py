@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from core import compression
 from core.search import driver, errors
 from core.search.driver import Request, check_data
+from torch_backend.names import compressed_layers
 from torch_backend.search_host import ForwardStep, TorchSearchHost, default_forward_step
 
 
@@ -86,6 +88,7 @@ def auto_quantize(
   """
   if not isinstance(model, nn.Module):
     raise TypeError(f"auto_quantize takes an nn.Module, got {type(model).__name__}")
+  compression.refuse_compressed(compressed_layers(model), "auto_quantize")
   check_data(data_loader, {"num_calib_steps": num_calib_steps, "num_score_steps": num_score_steps, "num_probes": num_probes}, method)
   if method == "gradient" and loss_func is None and forward_backward_step is None:
     raise errors.needs(method, "loss_func or forward_backward_step")

@@ -231,6 +231,7 @@ def test_what_needs_floats_says_so(compressed, capsys):
   qmodule, fake, packed, x = compressed
   calls = {
     "quantize": lambda: jb.quantize(Net(), packed, jb.INT8_DEFAULT_CFG, lambda m: m(x)),
+    "auto_quantize": lambda: jb.auto_quantize(Net(), packed, data_loader=[x], method="sqnr"),
     "calibration": lambda: jb.calibrate(qmodule, packed, "mse", lambda m: m(x)),
     "changing a weight quantizer": lambda: jb.disable_quantizer(packed, "*weight_quantizer"),
   }

@@ -304,6 +304,7 @@ def test_what_needs_floats_says_so(llama):
   model = tb.compress(quantized(llama, tb.INT8_DEFAULT_CFG))
   calls = {
     "quantize": lambda: tb.quantize(model, tb.INT8_DEFAULT_CFG),
+    "auto_quantize": lambda: tb.auto_quantize(model, data_loader=[TOKENS], method="sqnr"),
     "calibration": lambda: tb.calibrate(model, "mse", lambda m: m(TOKENS)),
     "switching weight quantizers": lambda: tb.disable_quantizer(model, "*weight_quantizer"),
     "changing a weight quantizer": lambda: tb.set_quantizer_by_cfg(model, {"*weight_quantizer": {"num_bits": 4}}),
