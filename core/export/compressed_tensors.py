@@ -51,8 +51,8 @@ def plan(subject: Subject) -> Planned:
   if subject.scale is not None:
     raise Refusal(
       "it has a pre_quant_scale, for which this layout has no place; fold it before exporting: "
-      "calibrate(model, 'fold_pre_quant_scale', forward_loop), or the algorithm list [..., 'fold_pre_quant_scale'] "
-      "(AWQ with shared=True; scales that cannot be folded stay)"
+      "algorithm [{'method': 'awq_lite', 'shared': True}, 'fold_pre_quant_scale']; leave layers whose scale cannot be folded (o_proj where "
+      "keys are shared by heads) out with 'include': ['*[qkv]_proj', '*mlp*']"
     )
   if subject.low_rank is not None:
     raise Refusal("it has a low-rank branch (SVDQuant)")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from core.config import PRESETS
 from tests.export import clients
 from tests.export import quantized as q
 
@@ -34,6 +35,15 @@ def test_dense(llama: Path, tmp_path: Path, name: str) -> None:
   q.exported(made, tmp_path / "out", CT, llama)
   wanted = clients.logits(clients.weights_alone(made.model), q.IDS)
   assert np.array_equal(clients.logits(clients.load(tmp_path / "out", dequantize=True), q.IDS), wanted)
+
+
+def test_awq_with_folded_scales(llama: Path, tmp_path: Path) -> None:
+  """The scale of o_proj cannot be folded where two heads share keys and values, so that layer is left out."""
+  awq = {"method": "awq_lite", "shared": True, "include": ["*[qkv]_proj", "*mlp*"]}
+  q.OWN["FOLDED_AWQ"] = {**PRESETS["INT4_AWQ_CFG"].copy(), "algorithm": [awq, "fold_pre_quant_scale"]}
+  made = q.quantized("torch", llama, "FOLDED_AWQ")
+  assert q.compared(made, q.exported(made, tmp_path / "out", CT, llama)) == 294_912
+  assert np.array_equal(clients.logits(clients.load(tmp_path / "out", dequantize=True), q.IDS), made(q.IDS))
 
 
 @pytest.mark.parametrize("name", LAZY)
