@@ -20,15 +20,10 @@ from tests.calibrate import twins
 from tests.jax_backend import nets
 from torch_backend.host import TorchHost
 
-# Presets of different weight formats; the others and the narrow float types are slow tests: each case compiles half a dozen functions.
-FORMATS = ["INT8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "W4A8_AWQ_BETA_CFG"]
-NARROW = [("MXFP6_DEFAULT_CFG", "bfloat16"), ("FP8_DEFAULT_CFG", "float16")]
+# Presets of different weight formats; the others are slow tests: each case compiles half a dozen functions.
+QUICK = [("NVFP4_DEFAULT_CFG", "float32"), ("W4A8_AWQ_BETA_CFG", "bfloat16"), ("INT8_DEFAULT_CFG", "float16")]
 ALL = [name for name in sorted(jb.choices) if "_KV_" not in name and name != "NVFP4_EXPERTS_ONLY_CFG"]
-CASES = [
-  pytest.param(n, d, marks=() if (n in FORMATS and d == "float32") or (n, d) in NARROW else pytest.mark.slow)
-  for n in ALL
-  for d in ("float32", "bfloat16", "float16")
-]
+CASES = [pytest.param(n, d, marks=() if (n, d) in QUICK else pytest.mark.slow) for n in ALL for d in ("float32", "bfloat16", "float16")]
 BITS = {2: np.uint16, 4: np.uint32}
 
 
@@ -126,7 +121,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "blocks with zero points" else ()) for name in ROWS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name.startswith("nf4") else pytest.mark.slow) for name in ROWS])
 def test_more_formats(name, compared):
   """Formats that no preset has: each weight from its codes, and the codes that torch would store."""
   x = jax.random.normal(jax.random.key(1), (4, 64))
