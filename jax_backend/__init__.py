@@ -27,6 +27,7 @@ from jax_backend.modules import register, unregister
 from jax_backend.quantizer import Quantizer, SequentialQuantizer
 from jax_backend.state import restore, save
 from jax_backend.summary import print_quant_summary, summary
+from jax_backend.verify import verify, verify_controls
 from jax_backend.weights import weight_quantization
 
 __all__ = [
@@ -69,6 +70,8 @@ __all__ = [
   "set_quantizer_by_cfg",
   "summary",
   "unregister",
+  "verify",
+  "verify_controls",
   "weight_quantization",
 ]
 

@@ -28,6 +28,7 @@ from torch_backend.quantizer import TensorQuantizer
 from torch_backend.sequential import SequentialQuantizer
 from torch_backend.state import restore, save
 from torch_backend.summary import print_quant_summary, summary
+from torch_backend.verify import verify, verify_controls
 from torch_backend.weights import weight_quantization
 
 __all__ = [
@@ -71,6 +72,8 @@ __all__ = [
   "set_quantizer_by_cfg",
   "summary",
   "unregister",
+  "verify",
+  "verify_controls",
   "weight_quantization",
 ]
 
