@@ -112,11 +112,6 @@ class State:
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-  def held(self, name: str) -> Tensor | Packed | None:
-    """The tensor of a parameter, under whichever of its names it was saved."""
-    name = self.tied.get(name, name)
-    return self.tensors.get(name) or self.packed.get(name)
-
 
 def tensor_name(quantizer: str, place: int, count: int, field: str) -> str:
   """Name of a quantizer's tensor in the files: "<quantizer>.amax", of a sequence "<quantizer>.1.amax"."""
