@@ -38,8 +38,11 @@ def _assert_explained(row: dict[str, Any]) -> None:
   assert row["same_input_differing"] <= 1e-4 * row["same_input_compared"], row
 
 
-@pytest.mark.parametrize("config", LLAMA)
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+CASES = [("jax", config) for config in LLAMA] + [("torch", config) for config in LLAMA[:2]]
+CASES += [pytest.param("torch", config, marks=pytest.mark.slow) for config in LLAMA[2:]]
+
+
+@pytest.mark.parametrize(("backend", "config"), CASES)
 def test_llama_in_onnxruntime(llama: str, backend: str, config: str, tmp_path: Path, compared) -> None:
   row = _row(backend, llama, config, tiny.tokens(2, 16), tmp_path / "model.onnx")
   _assert_explained(row)
