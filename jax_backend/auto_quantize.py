@@ -91,8 +91,9 @@ def auto_quantize(
 
   Raises:
     ValueError: a budget that cannot be reached (before any calibration; names the least possible), a format that quantizes nothing, a
-      checkpoint of another search, or a loss that is not finite, does not depend on the layers, or has gradients that are not finite.
-    TypeError: module is no linen module, a function is none, the loss is no scalar of JAX, or data_loader can be gone through only once.
+      checkpoint of another search, or a loss that is no scalar, is not finite, does not depend on the layers, or has gradients that are
+      not finite.
+    TypeError: module is no linen module, a function is none, or data_loader can be gone through only once.
 
   References: nvidia-modelopt 0.47, auto_quantize; Dong et al., 2019, arXiv:1911.03852 (HAWQ-V2) for "hessian".
   """

@@ -44,7 +44,7 @@ class Step:
     """The scalar loss of a batch.
 
     Raises:
-      TypeError: it is nothing that jax can differentiate.
+      ValueError: it is nothing that JAX can differentiate.
     """
     if self.loss_step is not None:
       name, value = "forward_backward_step", self.loss_step(model, batch)
@@ -54,7 +54,7 @@ class Step:
       raise ValueError("gradients need loss_func or forward_backward_step")
     if value is None or jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
       shown = type(value).__name__ if value is None else f"shape {jnp.shape(value)} and type {jnp.result_type(value)}"
-      raise TypeError(f"{name} must return a scalar floating point loss of jax.numpy, which is then differentiated here; got {shown}")
+      raise ValueError(f"{name} must return a scalar floating point loss of jax.numpy, which is then differentiated here; got {shown}")
     return value
 
 

@@ -60,7 +60,7 @@ def test_losses_that_say_nothing_are_named(net):
   # The square root's slope at 0 is infinite, though its value is 0.
   with pytest.raises(ValueError, match=r"output of 'down' holds \d+ NaN or infinite of 24 values in scoring batch 0"):
     search(net, loss_func=lambda output, batch: jnp.sum(jnp.sqrt(output * 0.0)))
-  with pytest.raises(TypeError, match=r"loss_func must return a scalar floating point loss of jax.numpy.*got shape \(4, 6\)"):
+  with pytest.raises(ValueError, match=r"loss_func must return a scalar floating point loss of jax.numpy.*got shape \(4, 6\)"):
     search(net, loss_func=lambda output, batch: output)
 
 
