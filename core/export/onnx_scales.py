@@ -1,6 +1,6 @@
 """Scales that depend on the input, as standard ONNX operators: the rules of `core.scaling`, operation by operation.
 
-Every function gives the bits of its counterpart in `core.scaling` on finite inputs (tests/onnx/test_scales.py).
+Every function gives the bits of its counterpart in `core.scaling` on finite inputs (tests/onnx/test_graphs.py).
 """
 
 from __future__ import annotations
