@@ -34,7 +34,7 @@ def read(scheme: dict[str, Any], name: str, get: Get, exact: dict[str, np.ndarra
   """A layer from its tensors; arguments and errors as in `compressed_tensors.read`."""
   del exact  # tensor scales are stored as they are
   algorithm, size = scheme["quant_algo"], scheme.get("group_size", 0)
-  if algorithm not in WRITERS:
+  if not isinstance(algorithm, str) or algorithm not in WRITERS:
     raise ValueError(f"{name}: quant_algo {algorithm!r} is unknown; known are {', '.join(WRITERS)}")
   if algorithm in GROUPED and (type(size) is not int or size < 1):
     raise ValueError(f"{name}: group_size is {size!r}; a positive integer is needed")

@@ -129,7 +129,7 @@ class File:
     where = f"{self.path}: tensor {name!r}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
       raise ValueError(f"{where} is described by {str(value)[:80]}; dtype, shape and data_offsets are needed")
-    if value["dtype"] not in DTYPES:
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
       raise ValueError(f"{where} has dtype {str(value['dtype'])[:40]!r}; known are {', '.join(DTYPES)}")
     numbers = [*value["shape"], *value["data_offsets"]] if all(isinstance(value[k], list) for k in ("shape", "data_offsets")) else [None]
     if any(type(n) is not int or n < 0 for n in numbers) or len(value["data_offsets"]) != 2:

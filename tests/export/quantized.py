@@ -31,11 +31,14 @@ INT8_TENSOR = config({"num_bits": 8})
 FP8_GROUPS = config({"num_bits": (4, 3), "block_sizes": {-1: 32}}, {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: 32}})
 MXFP6_E2M3 = config({"format": "mxfp6_e2m3"})
 INT4_FLOAT16 = config({"num_bits": 4, "block_sizes": {-1: 32, "scale_bits": (5, 10)}})
+_FP8 = {"num_bits": (4, 3), "axis": None}
+MXFP4_FP8 = config({"format": "mxfp4"}, _FP8)
+NVFP4_FP8 = config({"format": "nvfp4"}, _FP8)
 MIXED = config({"num_bits": 8, "axis": 0}) | {}
 MIXED["quant_cfg"] = {**MIXED["quant_cfg"], "*mlp*weight_quantizer": {"num_bits": 4, "block_sizes": {-1: 64}}, "*o_proj*": OFF}
 OWN = {
   "INT8_DYNAMIC": INT8_DYNAMIC, "INT4_ASYMMETRIC": INT4_ASYMMETRIC, "INT8_TENSOR": INT8_TENSOR, "FP8_GROUPS": FP8_GROUPS,
-  "MXFP6_E2M3": MXFP6_E2M3, "INT4_FLOAT16": INT4_FLOAT16, "MIXED": MIXED,
+  "MXFP6_E2M3": MXFP6_E2M3, "INT4_FLOAT16": INT4_FLOAT16, "MIXED": MIXED, "MXFP4_FP8": MXFP4_FP8, "NVFP4_FP8": NVFP4_FP8,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from core.config import KV_PRESETS, PRESETS
@@ -92,6 +93,20 @@ def test_backends_write_the_same_bytes(llama: Path, tmp_path: Path, name: str, l
   assert names == sorted(path.name for path in (tmp_path / "jax").iterdir())
   for file in names:
     assert (tmp_path / "torch" / file).read_bytes() == (tmp_path / "jax" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(("name", "algorithm"), [("MXFP4_FP8", "W4A8_MXFP4_FP8"), ("NVFP4_FP8", "W4A8_NVFP4_FP8"), ("INT8_TENSOR", "")])
+def test_further_formats_of_modelopt(llama: Path, tmp_path: Path, name: str, algorithm: str) -> None:
+  made = q.quantized("torch", llama, name)
+  if not algorithm:
+    with pytest.raises(ValueError, match="have no name in this layout"):
+      q.exported(made, tmp_path / "out", MODELOPT, llama)
+    return
+  artefact = q.exported(made, tmp_path / "out", MODELOPT, llama)
+  assert q.compared(made, artefact) == 294_912 and artefact.settings["quantization"]["quant_algo"] == algorithm
+  layer = artefact.layers[0]
+  amax = made.model.get_submodule(layer).input_quantizer.amax.numpy()
+  assert artefact.stored(layer).input_scale == amax / np.float32(448)
 
 
 @pytest.mark.slow

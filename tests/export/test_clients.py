@@ -16,7 +16,7 @@ DENSE = (
   "INT8_WEIGHT_ONLY_CFG", "INT8_DEFAULT_CFG", "INT8_DYNAMIC", "INT8_TENSOR", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "INT4_ASYMMETRIC",
   "INT4_FLOAT16",
   "FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "FP8_GROUPS", "MXFP4_DEFAULT_CFG",
-  "MXFP8_DEFAULT_CFG", "MXFP6_E2M3",
+  "MXFP8_DEFAULT_CFG", "MXFP6_E2M3", "MXFP4_FP8",
 )  # fmt: skip
 # transformers quantizes these inputs as we do; it runs NVFP4 and MX lazily in bfloat16 only, and asymmetric weights not at all
 LAZY = (

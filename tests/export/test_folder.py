@@ -214,6 +214,34 @@ def test_an_index_and_its_files_agree(folder: Path, tmp_path: Path) -> None:
     core_export.read(tmp_path / "out")
 
 
+@pytest.fixture(scope="module")
+def peers_folder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  out = tmp_path_factory.mktemp("w4a8") / "out"
+  q.exported(q.quantized("torch", llama, "W4A8_AWQ_BETA_CFG"), out, "modelopt", llama)
+  return out
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    ({"quantization": None}, "is needed"), ({"quantization": {}}, "quant_algo"), ({"quantization": {"quant_algo": "X"}}, "'X' is unknown"),
+    ({"quantization": {"quant_algo": "W4A16_AWQ"}}, "group_size is 0"), ({"quantization": {"quant_algo": "W8A16"}}, "does not fit W8A16"),
+    ({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}, "scales of NVFP4 were expected"),
+    ({"quantization": {"quant_algo": "MIXED_PRECISION"}}, "quantized_layers of"),
+    ({"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": []}}, "quantized_layers of"),
+    ({"quantization": {"quant_algo": "W4A8_AWQ", "group_size": 64}}, "scales of W4A8_AWQ were expected"),
+    ({"quantization": {"quant_algo": ["W4A8_AWQ"]}}, "is unknown"),
+    ({"quantization": {"quant_algo": "W4A8_AWQ", "group_size": 128, "exclude_modules": ["model.layers.0.mlp.up_proj"]}}, "exclude_modules"),
+  ],
+)  # fmt: skip
+def test_configurations_of_modelopt_that_do_not_fit(peers_folder: Path, tmp_path: Path, change: Any, reason: str) -> None:
+  shutil.copytree(peers_folder, tmp_path / "out")
+  every(tmp_path / "out")
+  (tmp_path / "out" / "hf_quant_config.json").write_text(json.dumps(change))
+  with pytest.raises(ValueError, match=reason):
+    every(tmp_path / "out")
+
+
 def test_random_damage(folder: Path, tmp_path: Path) -> None:
   """A bit of a configuration or a header flipped: an error that is no crash, or a folder that still fits together."""
   shutil.copytree(folder, tmp_path / "out")

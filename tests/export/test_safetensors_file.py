@@ -92,6 +92,7 @@ def tensor(**changes: object) -> dict[str, object]:
   [
     (b"{", "no JSON"), (b"\xff\xfe", "no JSON"), ([], "not an object"), ({"a": 3}, "are needed"),
     ({"a": tensor(dtype="F7")}, "has dtype 'F7'"),
+    ({"a": tensor(dtype=["U8"])}, "has dtype"),
     ({"a": tensor(shape=[-4])}, "has shape"), ({"a": tensor(shape=[2.0, 2])}, "has shape"), ({"a": tensor(shape=4)}, "has shape"),
     ({"a": tensor(shape=[2**40, 2**40])}, "takes"), ({"a": tensor(data_offsets=[0, 8])}, "takes 4 bytes"),
     ({"a": tensor(data_offsets=[2, 6])}, "a hole or an overlap"), ({"a": tensor(), "b": tensor()}, "a hole or an overlap"),
