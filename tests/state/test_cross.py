@@ -17,7 +17,15 @@ def _without_search(name: str) -> dict:
   return {**torch_backend.preset(name), "algorithm": "max"}
 
 
-@pytest.mark.parametrize("name", nets.PRESETS)
+# One preset of every format; the others differ in which layers they name and in their algorithms.
+FAST = (
+  "INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "W4A8_AWQ_BETA_CFG",
+  "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "NVFP4_DEFAULT_CFG", "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG", "MXFP8_DEFAULT_CFG", "MXFP4_DEFAULT_CFG",
+)  # fmt: skip
+EVERY = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in nets.PRESETS]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_presets(name, tmp_path, compared):
   net = nets.quantized_torch(_without_search(name))
   torch_backend.save(net, tmp_path / "torch")

@@ -29,7 +29,7 @@ def quantized(module, variables, config, x):
     return jb.quantize(module, variables, config, lambda m: m(x))
 
 
-@pytest.mark.parametrize("stack", [0, 1])
+@pytest.mark.parametrize("stack", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_scanned_stack_is_saved_layer_by_layer_under_torch_names(stack, tmp_path):
   net = nets.quantized_torch(NVFP4, layers=2)
   tb.save(net, tmp_path / "torch")
@@ -142,6 +142,7 @@ def test_float8_parameters(tmp_path):
     assert restored["extra"][name].dtype == value.dtype and np.asarray(restored["extra"][name]).tobytes() == np.asarray(value).tobytes()
 
 
+@pytest.mark.slow
 def test_switches_and_a_quantized_model_to_restore_into(tmp_path):
   qmodule, qvariables = nets.quantized_jax(NVFP4)
   folded = jb.fold_weight(qmodule, jb.disable_quantizer(qvariables, "*q_proj*"))

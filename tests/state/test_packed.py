@@ -43,7 +43,11 @@ def config(name: str) -> dict:
   return {"quant_cfg": {**OFF, "*weight_quantizer": FORMATS[name], "*head*": {"enable": False}}, "algorithm": "max"}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+SLOW = ("int8", "fp8_2d", "nvfp4_static", "mxfp4", "affine")
+CASES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FORMATS]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_torch_to_jax_and_back(name, tmp_path, compared):
   net = compressed(nets.quantized_torch(config(name)))
   tb.save(net, tmp_path / "torch")
