@@ -89,6 +89,10 @@ class Model:
     quantized, state = jax_backend.auto_quantize(self.module, self.variables, constraints, formats, list(batches), **step, **steps)
     return Quantized(*quantized, self.jit), state
 
+  def restored(self, directory: str | Path) -> Quantized:
+    """As `on_torch.Model.restored`; this model stays as it is."""
+    return Quantized(*jax_backend.restore(self.module, self.variables, directory), self.jit)
+
   def _run(self, ids: np.ndarray) -> np.ndarray:
     return np.asarray(_result(self.module.apply(self.variables, jnp.asarray(ids))))
 
@@ -137,6 +141,10 @@ class Quantized(Model):
   def export(self, directory: str | Path, **options: Any) -> None:
     """As `on_torch.Quantized.export`."""
     jax_backend.export(self.module, self.variables, directory, **options)
+
+  def verify(self, artefact: str | Path, controls: bool = False, **options: Any) -> Any:
+    """As `on_torch.Quantized.verify`."""
+    return (jax_backend.verify_controls if controls else jax_backend.verify)(self.module, self.variables, artefact, **options)
 
   def fold(self) -> None:
     self.variables = jax_backend.fold_weight(self.module, self.variables)

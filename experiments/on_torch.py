@@ -93,6 +93,10 @@ class Model:
     model, state = torch_backend.auto_quantize(copy.deepcopy(self.model), constraints, formats, data, **step, **steps)
     return Quantized(model), state
 
+  def restored(self, directory: str | Path) -> Quantized:
+    """The quantized model that `save` of either backend wrote; this model's parameters are replaced."""
+    return Quantized(torch_backend.restore(self.model, directory))
+
   @torch.no_grad()
   def layer_io(self, ids: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, dict[str, tuple[Any, Any]]]:
     """Run one batch: (the model's result, layer name -> (input, output), the backend's own arrays)."""
@@ -134,6 +138,10 @@ class Quantized(Model):
   def export(self, directory: str | Path, **options: Any) -> None:
     """Write a folder that serving engines load; options as `torch_backend.export` takes them."""
     torch_backend.export(self.model, directory, **options)
+
+  def verify(self, artefact: str | Path, controls: bool = False, **options: Any) -> Any:
+    """What clients find in an exported folder or ONNX file, or with `controls` in faulty copies too; options as `torch_backend.verify`."""
+    return (torch_backend.verify_controls if controls else torch_backend.verify)(self.model, artefact, **options)
 
   def fold(self) -> None:
     torch_backend.fold_weight(self.model)

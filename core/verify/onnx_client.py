@@ -60,6 +60,20 @@ def example_inputs(path: Path, prompts: Any) -> Any:
   return prompts
 
 
+def input_shape(path: Path) -> tuple[int, int] | None:
+  """(B, T) of a graph of token ids with fixed lengths, else None.
+
+  Raises:
+    ValueError: it is no ONNX file, or onnx is missing.
+  """
+  try:
+    graph = load(path).graph
+  except NotRun as reason:
+    raise ValueError(str(reason)) from reason
+  sizes = [dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim]
+  return (sizes[0], sizes[1]) if len(sizes) == 2 and all(sizes) else None
+
+
 # -- numpy -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -207,24 +221,26 @@ _CALL = re.compile(r"#\d+$")
 
 
 def _expose(model: Any, wanted: set[str]) -> dict[str, tuple[str, str | None]]:
-  """Make quantizers' results, and what input quantizers are given, outputs of the graph.
+  """Make quantizers' results, and what input quantizers are given, outputs of the graph. Nodes are named "<quantizer>/<what>".
 
   Returns:
     quantizer -> (name of its result, name of what it is given).
   """
   onnx = package("onnx", "an ONNX file")
   constants = {tensor.name for tensor in model.graph.initializer}
-  found: dict[str, tuple[str, str | None]] = {}
-  given: dict[str, str] = {}
+  nodes: dict[str, list[Any]] = {}
   for node in model.graph.node:
     owner = node.name.rpartition("/")[0]
     if owner in wanted and not _CALL.search(node.name):
-      outside = [name for name in node.input if name and name not in constants and not name.startswith((f"{owner}.", "constant."))]
-      if outside:
-        given.setdefault(owner, outside[0])
-      if node.output[0] == owner:
-        found[owner] = (owner, None)
-  places = {name: (value, given.get(name) if name.endswith(INPUT) else None) for name, (value, _) in found.items()}
+      nodes.setdefault(owner, []).append(node)
+  places: dict[str, tuple[str, str | None]] = {}
+  for owner, own in nodes.items():
+    made = {name for node in own for name in node.output}
+    used = [name for node in own for name in node.input if name]
+    results = [name for node in own for name in node.output if name not in used]
+    outside = [name for name in used if name not in made and name not in constants]
+    if len(set(results)) == 1:
+      places[owner] = results[0], outside[0] if outside and owner.endswith(INPUT) else None
   have = {value.name for value in model.graph.output} | {value.name for value in model.graph.input}
   for name in dict.fromkeys(part for pair in places.values() for part in pair if part is not None):
     if name not in have:

@@ -120,7 +120,7 @@ def check(
     largest = float("inf") if bad.any() else max(largest, float(difference.max(initial=0.0)))
     total += float(difference.sum())
     scale = max(scale, float(np.abs(ours).max(initial=0.0)))
-  limit = relative * max(scale, 1.0)
+  limit = (2 if logits else 1) * relative * max(scale, 1.0)  # a log-probability is the difference of two numbers of that size
   texts = [note] if note else []
   texts.append(f"mean difference {total / max(compared, 1):.2g}, tolerance {limit:.2g} where no code differs")
   if codes.compared:
