@@ -42,7 +42,8 @@ class Options(runs.Settings):
 
   formats: tuple[str, ...] = flag(("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "INT8_DEFAULT_CFG"), "preset names that both sides have")
   effective_bits: float = flag(6.0, "ModelOpt's budget, in its own count")
-  method: str = flag("gradient", "of the scores, on both sides", ("gradient", "kl_div"))
+  method: str = flag("fisher", "of our scores", ("gradient", "fisher", "kl_div", "hessian", "sqnr"))
+  peer_method: str = flag("gradient", "of ModelOpt's scores", ("gradient", "kl_div"))
   backends: tuple[str, ...] = flag(("torch",), "torch, jax")
   tables: str = flag("results/auto_quantize_peer", "folder of the tables; empty writes none")
   worker: str = flag("", "internal: modelopt, torch or jax: search in this process")
@@ -107,7 +108,7 @@ def peer_search(options: Options, model: Any, batches: list[np.ndarray]) -> tupl
     disabled_layers=list(OFF),
     num_calib_steps=len(loader),
     num_score_steps=len(loader),
-    method=options.method,
+    method=options.peer_method,
   )
   bits = {weight_spec(name).element.bits: name for name in options.formats}
   chosen: dict[str, tuple[str | None, list[int]]] = {}
@@ -157,11 +158,11 @@ def work(options: Options) -> int:
 
 def path_of(options: Options, inputs: runs.Inputs) -> Path:
   """Where a worker's run is kept, without a suffix."""
-  facts: dict[str, Any] = {"formats": options.formats, "method": options.method}
+  facts: dict[str, Any] = {"formats": options.formats}
   if options.worker == "modelopt":
-    facts |= {"bits": options.effective_bits, "modelopt": peer_version()}
+    facts |= {"method": options.peer_method, "bits": options.effective_bits, "modelopt": peer_version()}
   else:
-    facts |= {"budget": options.budget, "source": source_digest(options.worker)}
+    facts |= {"method": options.method, "budget": options.budget, "source": source_digest(options.worker)}
   return Path(options.out) / f"auto_quantize-{options.worker}-{runs.key(inputs, **facts)}"
 
 
@@ -174,7 +175,7 @@ def row_of(name: str, run: runs.Run, options: Options, base: dict[str, np.ndarra
   """Figures of one search, and how its negative log-likelihood differs from ModelOpt's, token by token."""
   layers = {key: (choice, shape) for key, (choice, shape) in run[1]["layers"].items()}
   bits = {"stored_bits": stored_bits(layers, options), "peer_bits": stored_bits(layers, options, peers=True)}
-  found = {**tables.row(name, *run, base), **bits, "method": options.method}
+  found = {**tables.row(name, *run, base), **bits, "method": options.peer_method if run is peer else options.method}
   for text in runs.TEXTS if run is not peer else ():
     difference, error = mean_and_error(run[0][f"nll_{text}"] - peer[0][f"nll_{text}"])
     found |= {f"difference_{text}": difference, f"difference_se_{text}": error}

@@ -35,7 +35,7 @@ class Options:
   )
   effective_bits: float = flag(4.8, "budget of the search, in stored bits per weight")
   budgets: tuple[str, ...] = flag(("4.6", "5", "6", "8"), "further budgets, solved from the same scores; those out of reach are left out")
-  method: str = flag("gradient", "of the scores", ("gradient", "kl_div", "hessian", "sqnr"))
+  method: str = flag("gradient", "of the scores", ("gradient", "fisher", "kl_div", "hessian", "sqnr"))
   accounting: str = flag("stored", "stored bits with scales, or ModelOpt's count", ("stored", "modelopt"))
   disabled_layers: tuple[str, ...] = flag((), "patterns of layers that stay as they are")
   random_seeds: tuple[int, ...] = flag((0, 1, 2), "random assignments of the budget of --effective_bits, as controls")

@@ -11,6 +11,7 @@ import flax.linen as nn
 from core import compression
 from core.search import driver, errors
 from core.search.driver import Request
+from core.search.scores import BY_GRADIENT
 from jax_backend import tree
 from jax_backend.apply import QuantModule
 from jax_backend.convert import check_module
@@ -65,15 +66,16 @@ def auto_quantize(
     data_loader: batches; it is gone through once per format and once for the scores.
     forward_step: (model, batch) -> output. `model` is called as the module is, without variables, as in a forward_loop; gradients go
       through it. None calls the model with the batch.
-    loss_func: (output, batch) -> scalar loss of jax.numpy, for "gradient" and "hessian".
+    loss_func: (output, batch) -> scalar loss of jax.numpy, for "gradient", "fisher" and "hessian".
     forward_backward_step: in place of loss_func: (model, batch) -> scalar loss. JAX differentiates what it returns; there is no backward
       pass to run in it.
     disabled_layers: patterns of layers that stay unquantized, with all layers that would share their format.
     num_calib_steps: batches that calibrate each format.
     num_score_steps: batches that score.
     verbose: print the summary.
-    method: "gradient" (squared gradient times squared output error), "kl_div" (KL of the outputs, forward only), "hessian" (trace of the
-      loss's Hessian times squared weight error) or "sqnr" (weights alone, no data).
+    method: "gradient" (squared gradient times squared output error), "fisher" (the same summed over a position's outputs before it is
+      squared: the empirical Fisher information, with what errors of outputs have in common), "kl_div" (KL of the outputs, forward only),
+      "hessian" (trace of the loss's Hessian times squared weight error) or "sqnr" (weights alone, no data).
     module_search_spaces: pattern of layer names -> formats that these may have; the last pattern that matches counts.
     checkpoint: a file for the scores, so that an interrupted search goes on, and another budget needs no scoring.
     groups: rules of layers that share a format, such as "q_proj|k_proj|v_proj"; None is `core.search.groups.SEARCH_GROUPS`, () none.
@@ -139,7 +141,7 @@ def _step(method: str, forward_step: Any, loss_func: Any, forward_backward_step:
   for name, function in given.items():
     if function is not None and not callable(function):
       raise TypeError(f"{name} must be a function, got {type(function).__name__}")
-  if method in ("gradient", "hessian") and loss_func is None and forward_backward_step is None:
+  if method in (*BY_GRADIENT, "hessian") and loss_func is None and forward_backward_step is None:
     raise errors.needs(method, "loss_func or forward_backward_step")
   return Step(default_forward_step if forward_step is None else forward_step, loss_func, forward_backward_step)
 

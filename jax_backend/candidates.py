@@ -26,7 +26,7 @@ from jax_backend.tree import RIDER, ROOM, Path, Rider
 
 SEARCH = "__candidates__"
 WEIGHT = "weight_quantizer"
-SQUARES, NONFINITE, TOTAL = -3, -2, -1  # what the last slots gather, behind one score per format
+SQUARES, NONFINITE, TOTAL = -3, -2, -1  # what the last slots gather, behind two scores per format
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,9 +67,9 @@ class Candidates:
 
   Attributes:
     variants: per format, what replaces the module's part of `params`.
-    slots: [F + 3] float32, zeros; their gradient is, per format, the sum over output elements of (g (Q(y) - y))^2, g the gradient of the
-      output, and then, of g, the sum of squares, the number of values that are not finite, and the number of all. None where nothing is
-      differentiated.
+    slots: [2 F + 3] float32, zeros; their gradient is, per format, the sum over output elements of (g (Q(y) - y))^2, g the gradient of the
+      output; per format the sum over positions of (sum over outputs of g (Q(y) - y))^2; and then, of g, the sum of squares, the number of
+      values that are not finite, and the number of all. None where nothing is differentiated.
     choice: [] int32, the variant that the module computes with; 0 is float, i + 1 variant i. None: float.
   """
 
@@ -109,8 +109,8 @@ jax.tree_util.register_dataclass(Searched, data_fields=["variants"], meta_fields
 
 
 def empty_slots(searched: Sequence[Searched]) -> list[Any]:
-  """The slots of every module, [*sizes, F + 3] zeros."""
-  return [jnp.zeros((*one.sizes, len(one.variants) + 3), jnp.float32) for one in searched]
+  """The slots of every module, [*sizes, 2 F + 3] zeros."""
+  return [jnp.zeros((*one.sizes, 2 * len(one.variants) + 3), jnp.float32) for one in searched]
 
 
 def mount(params: Mapping[str, Any], searched: Sequence[Searched], slots: Sequence[Any] | None, choices: Sequence[Any] | None) -> Any:
@@ -203,7 +203,8 @@ class _Alone:
     def backward(kept: Any, g: Any) -> Any:
       y, dynamic, variables, variants, slots = kept
       gradient = g.astype(jnp.float32)
-      found = [_squares(gradient * _difference(self.run(variant, dynamic, variables), y)) for variant in variants]
+      changes = [gradient * _difference(self.run(variant, dynamic, variables), y) for variant in variants]
+      found = [*map(_squares, changes), *(_squares(jnp.sum(change, axis=-1)) for change in changes)]
       found += [_squares(gradient), jnp.sum(~jnp.isfinite(gradient), dtype=jnp.float32), jnp.float32(gradient.size)]
       return g, None, None, None, jnp.stack(found).reshape(slots.shape)
 

@@ -160,8 +160,9 @@ class JaxSearchHost:
       found.append(Searched(where.path, where.stack, where.sizes, variants))
     return found
 
-  def gradient_scores(self, number: int, batch: Any, choices: Choices) -> Scores:
-    return search_scores.gradients(self.module, self.variables, self._step, number, batch, choices, self._searched(choices))
+  def gradient_scores(self, number: int, batch: Any, choices: Choices, by_position: bool = False) -> Scores:
+    searched = self._searched(choices)
+    return search_scores.gradients(self.module, self.variables, self._step, number, batch, choices, searched, by_position)
 
   def kl_scores(self, number: int, batch: Any, choices: Choices, groups: Mapping[str, Sequence[str]]) -> Scores:
     return search_scores.divergences(self.module, self.variables, self._step, number, batch, choices, self._searched(choices), groups)

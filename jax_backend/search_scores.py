@@ -101,7 +101,7 @@ def _with_weights(call: Any, places: tuple[Path, ...], variables: Any, weights: 
 
 
 def gradients(
-  module: nn.Module, variables: Any, step: Step, number: int, batch: Any, choices: Choices, searched: Sequence[Searched]
+  module: nn.Module, variables: Any, step: Step, number: int, batch: Any, choices: Choices, searched: Sequence[Searched], by_position: bool
 ) -> Scores:
   """`SearchHost.gradient_scores`: all layers and formats from one backward pass."""
 
@@ -120,7 +120,7 @@ def gradients(
     raise errors.loss_is_independent(number)
   scores: Scores = {}
   for (layer, names), one in zip(choices.items(), sums, strict=True):
-    scores[layer] = dict(zip(names, one.tolist(), strict=False))
+    scores[layer] = dict(zip(names, one[len(names) if by_position else 0 :].tolist(), strict=False))
     for name, score in scores[layer].items():
       if not np.isfinite(score):
         raise errors.quantized_output_is_not_finite(number, layer, name)

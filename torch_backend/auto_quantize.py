@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from core import compression
 from core.search import driver, errors
 from core.search.driver import Request, check_data
+from core.search.scores import BY_GRADIENT
 from torch_backend.names import compressed_layers
 from torch_backend.search_host import ForwardStep, TorchSearchHost, default_forward_step
 
@@ -57,14 +58,15 @@ def auto_quantize(
       your own to these. Each keeps its calibration algorithm.
     data_loader: batches; it is gone through once per format and once for the scores.
     forward_step: (model, batch) -> output; None calls the model with the batch.
-    loss_func: (output, batch) -> scalar loss, for "gradient" and "hessian".
-    forward_backward_step: (model, batch), runs the loss backward itself, in place of loss_func, for "gradient".
+    loss_func: (output, batch) -> scalar loss, for "gradient", "fisher" and "hessian".
+    forward_backward_step: (model, batch), runs the loss backward itself, in place of loss_func, for "gradient" and "fisher".
     disabled_layers: patterns of layers that stay unquantized, with all layers that would share their format.
     num_calib_steps: batches that calibrate each format.
     num_score_steps: batches that score.
     verbose: print the summary.
-    method: "gradient" (squared gradient times squared output error), "kl_div" (KL of the outputs, forward only), "hessian" (trace of the
-      loss's Hessian times squared weight error) or "sqnr" (weights alone, no data).
+    method: "gradient" (squared gradient times squared output error), "fisher" (the same summed over a position's outputs before it is
+      squared: the empirical Fisher information, with what errors of outputs have in common), "kl_div" (KL of the outputs, forward only),
+      "hessian" (trace of the loss's Hessian times squared weight error) or "sqnr" (weights alone, no data).
     module_search_spaces: pattern of layer names -> formats that these may have; the last pattern that matches counts.
     checkpoint: a file for the scores, so that an interrupted search goes on, and another budget needs no scoring.
     groups: rules of layers that share a format, such as "q_proj|k_proj|v_proj"; None is `core.search.groups.SEARCH_GROUPS`, () none.
@@ -90,7 +92,7 @@ def auto_quantize(
     raise TypeError(f"auto_quantize takes an nn.Module, got {type(model).__name__}")
   compression.refuse_compressed(compressed_layers(model), "auto_quantize")
   check_data(data_loader, {"num_calib_steps": num_calib_steps, "num_score_steps": num_score_steps, "num_probes": num_probes}, method)
-  if method == "gradient" and loss_func is None and forward_backward_step is None:
+  if method in BY_GRADIENT and loss_func is None and forward_backward_step is None:
     raise errors.needs(method, "loss_func or forward_backward_step")
   if method == "hessian" and loss_func is None:
     raise errors.needs(method, "loss_func (the loss is differentiated twice, which forward_backward_step cannot do)")

@@ -22,7 +22,8 @@ class InputWatch:
 
   Args:
     modules: layers by name.
-    visit: gets the names of all layers that read the tensor one after the other, and the tensor as [T, K] float32 (float64 in a float64 model).
+    visit: gets the names of all layers that read the tensor one after the other, and the tensor as [T, K] float32 (float64 in a float64
+      model).
     point: as in `core.calibrate.host`.
     padding: gives the attention mask [B, T] of the running call, or None.
   """

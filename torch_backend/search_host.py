@@ -120,9 +120,9 @@ class TorchSearchHost:
     twin.eval().requires_grad_(False)
     self._twins[name] = {layer: module for layer, module in twin.named_modules() if isinstance(module, QuantWeight)}
 
-  def gradient_scores(self, number: int, batch: Any, choices: Choices) -> Scores:
+  def gradient_scores(self, number: int, batch: Any, choices: Choices, by_position: bool = False) -> Scores:
     self._shared.run(self._loop_or_none)
-    return gradient_scores(self._floating, self._twins, choices, number, lambda model: self._backward(model, batch))
+    return gradient_scores(self._floating, self._twins, choices, number, lambda model: self._backward(model, batch), by_position)
 
   def _backward(self, model: nn.Module, batch: Any) -> Tensor | None:
     """The loss of a batch, still to be differentiated; None where the user's own step has done so."""

@@ -16,10 +16,18 @@ from core.search.host import Choices, Scores
 from torch_backend.modules import QuantWeight
 
 Twins = Mapping[str, Mapping[str, QuantWeight]]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ROWS = 256  # positions whose softmax is taken at once in float64
 
 
-def gradient_scores(model: nn.Module, twins: Twins, choices: Choices, number: int, step: Callable[[nn.Module], Tensor | None]) -> Scores:
+def gradient_scores(
+  model: nn.Module,
+  twins: Twins,
+  choices: Choices,
+  number: int,
+  step: Callable[[nn.Module], Tensor | None],
+  by_position: bool = False,
+) -> Scores:
   """sum (g (Q(Y) - Y))^2 of every layer and format, from one forward and one backward pass.
 
   Args:
@@ -28,11 +36,12 @@ def gradient_scores(model: nn.Module, twins: Twins, choices: Choices, number: in
     choices: what to score.
     number: of the batch, for messages.
     step: runs the model and returns the loss, or runs it backward itself and returns None.
+    by_position: sum over the outputs of a position before squaring.
 
   Raises:
     ValueError: loss or gradients are not finite, or the loss does not depend on these layers.
   """
-  taps = _Taps(twins, choices, number)
+  taps = _Taps(twins, choices, number, by_position)
   with taps.on(model), torch.enable_grad():
     try:
       loss = step(model)
@@ -65,8 +74,8 @@ class _Taps:
   """Hooks on the outputs of layers. In the backward pass a layer's twins compute its output anew from its input, and the gradient weighs
   the difference. Inputs are kept until then; weights take no gradient, which saves a third of the backward pass."""
 
-  def __init__(self, twins: Twins, choices: Choices, number: int) -> None:
-    self._twins, self._choices, self._number = twins, choices, number
+  def __init__(self, twins: Twins, choices: Choices, number: int, by_position: bool) -> None:
+    self._twins, self._choices, self._number, self._by_position = twins, choices, number, by_position
     self._silent = False
     self.scores: Scores = {layer: dict.fromkeys(names, 0.0) for layer, names in choices.items()}
     self.calls = 0
@@ -112,7 +121,10 @@ class _Taps:
     g = _wide(g)
     for name in self._choices[layer]:
       difference = _wide(inputs.through(self._twins[name][layer])) - _wide(y)
-      score = float(torch.linalg.vector_norm(difference.mul_(g), dtype=torch.float64)) ** 2
+      changes = difference.mul_(g)
+      if self._by_position:
+        changes = changes.sum(1 if isinstance(module, CONVOLUTIONS) else -1)
+      score = float(torch.linalg.vector_norm(changes, dtype=torch.float64)) ** 2
       if not math.isfinite(score):
         self.error = self._not_finite(layer, name, g)
         return

@@ -17,7 +17,7 @@ from core.search.costs import Counting, read_cost_model
 from core.search.host import SearchHost
 from core.search.plan import Plan, make_plan
 from core.search.resume import ScoreFile
-from core.search.scores import METHODS, TRACE
+from core.search.scores import BY_GRADIENT, METHODS, TRACE
 from core.search.state import State, config_of, make_state
 
 DEFAULT_FORMATS = ("NVFP4_AWQ_LITE_CFG", "FP8_DEFAULT_CFG")
@@ -173,8 +173,8 @@ def _rows(host: SearchHost, request: Request, plan: Plan, file: ScoreFile) -> in
 
 
 def _measure(host: SearchHost, request: Request, plan: Plan, choices: Any, number: int, batch: Any) -> dict[str, dict[str, float]]:
-  if request.method == "gradient":
-    return host.gradient_scores(number, batch, choices)
+  if request.method in BY_GRADIENT:
+    return host.gradient_scores(number, batch, choices, by_position=request.method == "fisher")
   if request.method == "kl_div":
     return host.kl_scores(number, batch, choices, plan.groups)
   layers = plan.by_name

@@ -64,7 +64,7 @@ class SearchHost(Protocol):
     """
     ...
 
-  def gradient_scores(self, number: int, batch: Any, choices: Choices) -> Scores:
+  def gradient_scores(self, number: int, batch: Any, choices: Choices, by_position: bool = False) -> Scores:
     """sum over the elements of a layer's output Y, over all its calls, of (g (Q(Y) - Y))^2, with g = dLoss/dY of the float model.
 
     Q(Y) is what the format's twin of this one layer returns for the float model's input X: inputs, weight and output quantized as the
@@ -75,6 +75,8 @@ class SearchHost(Protocol):
       number: of the batch, from 0, for messages.
       batch: one batch of the user's data_loader.
       choices: what to score.
+      by_position: sum g (Q(Y) - Y) over the outputs of a position (the last axis; a convolution's channels) before it is squared: the
+        first-order change of the loss through that position. Errors that outputs share, those of a quantized input, then count as one.
 
     Returns:
       A score for every layer and format of `choices`; 0 for layers that the loss does not depend on.

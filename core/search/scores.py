@@ -13,13 +13,14 @@ from core.search.plan import Plan
 
 Columns = Sequence[tuple[str, str]]
 TRACE = "trace"
-METHODS = ("gradient", "kl_div", "hessian", "sqnr")
+METHODS = ("gradient", "fisher", "kl_div", "hessian", "sqnr")
+BY_GRADIENT = ("gradient", "fisher")
 
 
 def columns(method: str, plan: Plan) -> list[tuple[str, str]]:
   """(layer or group, format) of every number that a batch gives; for "hessian" (layer, "trace")."""
   choices = plan.to_score()
-  if method == "gradient":
+  if method in BY_GRADIENT:
     return [(layer, name) for layer, names in choices.items() for name in names]
   if method == "hessian":
     return [(layer, TRACE) for layer in choices]
@@ -47,7 +48,7 @@ def table(method: str, plan: Plan, rows: Sequence[Sequence[float]], errors: Mapp
   """
   choices = plan.to_score()
   layers: dict[str, dict[str, list[float]]] = {}
-  if method in ("gradient", "kl_div"):
+  if method in (*BY_GRADIENT, "kl_div"):
     for place, (unit, name) in enumerate(columns(method, plan)):
       layers.setdefault(unit, {})[name] = [float(row[place]) for row in rows]
   else:

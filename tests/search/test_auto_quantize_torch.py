@@ -30,7 +30,7 @@ from tests.torch_backend.models import tiny_llama
 AWQ = {**INT4, "algorithm": {"method": "awq_lite", "alpha_step": 0.25}}
 GPTQ = {**INT4, "algorithm": "gptq"}
 SVD = {"quant_cfg": {"*weight_quantizer": {"num_bits": 8, "axis": 0}}, "algorithm": {"method": "svdquant", "lowrank": 4}}
-METHODS = ("gradient", "kl_div", "hessian", "sqnr")
+METHODS = ("gradient", "fisher", "kl_div", "hessian", "sqnr")
 
 
 def logits(model, batch):

@@ -88,10 +88,11 @@ def test_layers_are_the_same(hosts):
   assert [layer.name for layer in ours.layers()] == [layer.name for layer in theirs.layers()]
 
 
-def test_gradient_scores_agree(hosts):
+@pytest.mark.parametrize("by_position", [False, True])
+def test_gradient_scores_agree(hosts, by_position):
   theirs, ours = hosts
   choices = choices_of(ours)
-  assert_close(ours.gradient_scores(0, BATCHES[0], choices), theirs.gradient_scores(0, BATCHES[0], choices))
+  assert_close(ours.gradient_scores(0, BATCHES[0], choices, by_position), theirs.gradient_scores(0, BATCHES[0], choices, by_position))
 
 
 @pytest.mark.slow
