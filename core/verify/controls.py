@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 from core.verify import driver, faults, onnx_faults
 from core.verify.job import Job, Simulation
-from core.verify.report import NOT_RUN, Outcome, Report, show
+from core.verify.report import NOT_RUN, Outcome, Report, aligned, show, write_json
 
 CAUGHT, MISSED = "caught", "missed"
 
@@ -70,12 +68,10 @@ class Controls:
 
   def notes(self) -> list[str]:
     """What does not apply, and what nobody caught."""
-    found = [f"{row.fault} does not apply: the artefact has no {row.needs}" for row in self.rows if not row.applies]
+    found = [f"{row.fault} does not apply: it needs {row.needs}" for row in self.rows if not row.applies]
     return [*found, *(f"NOT CAUGHT by any client: {row.fault} ({row.text})" for row in self.rows if row.applies and not row.caught)]
 
   def __str__(self) -> str:
-    from core.verify.report import aligned
-
     return "\n".join([*aligned(self.lines(), left=1), *self.notes()])
 
   def show(self) -> None:
@@ -88,12 +84,7 @@ class Controls:
 
   def write(self, path: str | Path) -> Path:
     """Write the matrix as JSON; the file is there complete or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
-    return path
+    return write_json(path, self.to_dict())
 
 
 def _cell(row: Row, client: str) -> str:

@@ -180,10 +180,27 @@ def _groups(content: Content) -> list[dict[str, Any]]:
 
 
 def _float_inputs(content: Content) -> int:
+  if content.beside is not None:
+    return _weights_only_algorithm(content.beside["quantization"])
   held = [group for group in _groups(content) if group.get("input_activations")]
   for group in held:
     group["input_activations"] = None
   return len(held)
+
+
+def _weights_only_algorithm(details: dict[str, Any]) -> int:
+  """ModelOpt's layout names weights and inputs in one word."""
+  found = 0
+  for scheme in (details, *(details.get("quantized_layers") or {}).values()):
+    other = {"NVFP4": "W4A16_NVFP4", "W8A8_SQ_PER_CHANNEL": "W8A16", "W4A8_AWQ": "W4A16_AWQ"}.get(str(scheme.get("quant_algo")))
+    if other is not None:
+      scheme["quant_algo"] = other
+      found += 1
+  return found
+
+
+def _pre_quant_scale(content: Content) -> int:
+  return sum(content.change(name, np.ones_like(content.arrays[name])) for name in content.named("pre_quant_scale"))
 
 
 def _scale_type(content: Content) -> int:

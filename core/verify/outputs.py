@@ -16,7 +16,7 @@ import numpy as np
 import core
 from core.export.source import Subject
 from core.verify.inputs import flips
-from core.verify.report import DIFFERS, EQUAL, WITHIN, Check
+from core.verify.report import DIFFERS, EQUAL, EXPLAINED, WITHIN, Check
 
 DRIFT = 32  # inputs of layers may be this many times further apart, relatively, than outputs: they are smaller sums
 
@@ -130,6 +130,6 @@ def check(
   if codes.drifted:
     texts.append(f"inputs of {codes.drifted} are more than roundings apart, and no code differed before it")
   if status == DIFFERS and np.isfinite(largest) and agree and codes.explain:
-    status = WITHIN
+    status = EXPLAINED
     texts.append("the difference is that of these codes; layer by layer see inputs and weights")
   return Check(name, status, compared, differing, largest, (), "; ".join(texts))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-EQUAL, WITHIN, DIFFERS, NOT_CHECKED = "equal", "within", "differs", "not checked"
+EQUAL, WITHIN, EXPLAINED, DIFFERS, NOT_CHECKED = "equal", "within", "explained", "differs", "not checked"
+AGREE = (EQUAL, WITHIN, EXPLAINED)
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 
 
@@ -23,7 +25,8 @@ class Check:
 
   Attributes:
     name: what: "codes", "weights", "inputs", "log-probabilities", ...
-    status: "equal", "within" (a tolerance that the note names), "differs", or "not checked".
+    status: "equal", "within" (a tolerance that the note names), "explained" (outputs differ, and so do codes that fell otherwise at a tie),
+      "differs", or "not checked".
     compared: number of values compared.
     differing: how many of them differ.
     largest: largest difference, where values are compared by size.
@@ -63,7 +66,7 @@ class Outcome:
     """ "failed" if anything differs; "passed" if something was compared and nothing differs; else "not run"."""
     if self.failed or any(check.status == DIFFERS for check in self.checks):
       return FAILED
-    return PASSED if any(check.status in (EQUAL, WITHIN) for check in self.checks) else NOT_RUN
+    return PASSED if any(check.status in AGREE for check in self.checks) else NOT_RUN
 
   def bad(self) -> dict[str, Check]:
     """The checks that found a difference."""
@@ -103,12 +106,7 @@ class Report:
 
   def write(self, path: str | Path) -> Path:
     """Write the report as JSON; the file is there complete or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
-    return path
+    return write_json(path, self.to_dict())
 
   def lines(self) -> list[list[str]]:
     """Cells of the table, the heading first."""
@@ -143,6 +141,16 @@ class Report:
     show(self.lines(), [*self.notes(), "passed" if self.passed else "NOT passed"], f"{self.artefact} ({self.layout})", left=2)
 
 
+def write_json(path: str | Path, value: Any) -> Path:
+  """Write plain data beside the path, then rename."""
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  aside.replace(path)
+  return path
+
+
 def aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
   """A table as text; the first `left` columns stand at the left."""
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -153,8 +161,6 @@ def aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
 
 def show(lines: Sequence[Sequence[str]], notes: Iterable[str], title: str, left: int) -> None:
   """Print a table and notes: by rich where it is installed and the output is a terminal, else as aligned text."""
-  import sys
-
   try:
     from rich.console import Console
     from rich.table import Table
