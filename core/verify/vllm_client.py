@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -33,7 +34,8 @@ def run(job: Job) -> list[Check]:
   answer = _ask(job, prompts)
   compared, beyond, largest = 0, 0, 0.0
   scale = max(float(np.abs(job.run(index).outputs).max()) for index in range(len(job.batches)))
-  limit = 2 * max(job.relative, RELATIVE) * max(scale, 1.0)  # a log-probability is the difference of two numbers of that size
+  relative = max(job.relative, RELATIVE) if job.tolerance is None else job.tolerance
+  limit = 2 * relative * max(scale, 1.0)  # a log-probability is the difference of two numbers of that size
   rows = [row for index in range(len(job.batches)) for row in log_softmax(job.run(index).outputs)]
   for ours, theirs in zip(rows, answer["logprobs"], strict=True):
     for position, tokens in zip(ours, theirs, strict=False):
@@ -41,7 +43,7 @@ def run(job: Job) -> list[Check]:
         compared += 1
         difference = abs(float(value) - float(position[int(token)]))
         largest, beyond = max(largest, difference), beyond + (not difference <= limit)
-  status = NOT_CHECKED if not compared else EQUAL if largest == 0 else WITHIN if largest <= limit else DIFFERS
+  status = NOT_CHECKED if not compared else DIFFERS if beyond else WITHIN if largest else EQUAL
   note = f"vLLM {answer.get('version')}, {job.vllm_dtype}, its {TOP} likeliest tokens of every position; tolerance {limit:.2g}"
   if status == DIFFERS:
     note += "; it shows no codes, so a code that fell otherwise at a tie looks like this too: other prompts tell"
@@ -65,8 +67,9 @@ def _ask(job: Job, prompts: list[list[int]]) -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired) as error:
       raise NotRun(f"{job.vllm_python} could not run ({error})") from error
     if done.returncode or not answered.is_file():
-      lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
-      raise NotRun(f"vLLM ended with status {done.returncode}: {lines[-1][:300]}")
+      lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+      errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
+      raise NotRun(f"vLLM ended with status {done.returncode}: {(errors or lines)[-1][:300]}")
     found = json.loads(answered.read_text("utf-8"))
   if len(found.get("logprobs", ())) != len(prompts) or not np.isfinite(sum(v for p in found["logprobs"] for q in p for v in q.values())):
     raise NotRun("vLLM returned no log-probabilities")
