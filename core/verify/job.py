@@ -88,6 +88,14 @@ class Job:
       self.memory["subjects"] = subjects(self.simulation.source)
     return self.memory["subjects"]
 
+  @property
+  def narrow(self) -> str:
+    """Why outputs cannot be compared: the simulation computes in another type than clients do; "" where it does not."""
+    kinds = sorted(set(self.simulation.source.parameter_types().values()) & {"BF16", "F16"})
+    if not kinds or self.tolerance is not None:
+      return ""
+    return f"the simulated model computes in {', '.join(kinds)} and this client in float32; restore it in float32, or give a tolerance"
+
   def at(self, place: Path) -> Job:
     """The same job on another artefact; what the simulation gave is kept."""
     return dataclasses.replace(self, place=place)

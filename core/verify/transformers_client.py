@@ -64,8 +64,9 @@ def run(job: Job) -> list[Check]:
     if stuck:
       return [lost, seen, Check("weights", DIFFERS, note=f"the client cannot decompress them: {stuck}")]
     checks = [lost, seen, _weights(torch, model, job, found), _unquantized(model, job, found)]
-    if not lazy and any(subject.inputs for subject in found):
-      return [*checks, Check("log-probabilities", NOT_CHECKED, note=DENSE)]
+    reason = job.narrow or (DENSE if not lazy and any(subject.inputs for subject in found) else "")
+    if reason:
+      return [*checks, Check("log-probabilities", NOT_CHECKED, note=reason)]
     return [*checks, _outputs(torch, model, job, found, tokens, seen.status != DIFFERS)]
 
 

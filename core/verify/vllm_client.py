@@ -30,6 +30,8 @@ def run(job: Job) -> list[Check]:
   """
   if not job.vllm_python:
     raise NotRun("no interpreter of an environment with vLLM was given (vllm_python=)")
+  if job.narrow:
+    raise NotRun(job.narrow)
   prompts = [row.tolist() for ids in job.tokens() for row in ids]
   answer = _ask(job, prompts)
   compared, beyond, largest = 0, 0, 0.0

@@ -20,7 +20,8 @@ Made = Callable[..., tuple[Any, Path]]
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  return tiny.llama_folder(tmp_path_factory.mktemp("llama") / "model", **SIZES)
+  sizes: dict[str, Any] = dict(SIZES)
+  return tiny.llama_folder(tmp_path_factory.mktemp("llama") / "model", **sizes)
 
 
 @pytest.fixture(scope="session")

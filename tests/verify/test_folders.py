@@ -103,6 +103,15 @@ def test_modelopt_does_not_read_the_other_layout(folder: Made) -> None:
   assert not report.passed and report["modelopt"].status == "not run"
 
 
+def test_bfloat16_outputs_are_not_compared_with_float32_ones(llama: Path, tmp_path: Path) -> None:
+  made = q.quantized("torch", llama, "INT8_DEFAULT_CFG", "bfloat16")
+  q.exported(made, tmp_path / "out", "compressed-tensors", llama)
+  report = verify(made, tmp_path / "out", "numpy", "transformers", "vllm", vllm_python="/bin/false")
+  found = statuses(report, "transformers")
+  assert report.passed and found.pop("log-probabilities") == "not checked" and set(found.values()) == {"equal"}
+  assert "BF16" in report["vllm"].reason
+
+
 def test_another_model_is_not_this_one(folder: Made) -> None:
   """The folder of another configuration, and of other weights, is found out."""
   made, _ = folder("torch", "INT8_DEFAULT_CFG")
