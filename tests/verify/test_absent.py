@@ -164,6 +164,14 @@ class TestProgram:
     assert "passed" in printed and "caught (inputs, log-probabilities)" in printed
     assert json.loads(report.read_text())["clean"]["passed"] is True
 
+  @pytest.mark.slow
+  def test_torch_state_and_artefact_in_jax(self, folder: Made, llama: Path, tmp_path: Path, text: str) -> None:
+    """What PyTorch saved and exported, against the JAX simulation of it."""
+    made, out = folder("torch", "INT8_DEFAULT_CFG")
+    torch_backend.save(made.model, tmp_path / "state")
+    options = self.options(llama, out, reference=str(tmp_path / "state"), text_file=text, backend="jax")
+    assert program.main(options) == 0
+
   def test_difference_is_status_1(self, folder: Made, llama: Path, tmp_path: Path, text: str) -> None:
     made, _ = folder("torch", "INT8_DEFAULT_CFG")
     torch_backend.save(made.model, tmp_path / "state")
