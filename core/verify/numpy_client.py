@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from core.export import modelopt
 from core.export.layout import Planned
-from core.export.plan import LAYOUTS, cache_scale
+from core.export.plan import HEAD, LAYOUTS, cache_scale
 from core.export.read import Artefact, open_files, read
 from core.export.safetensors_file import File, to_bits
 from core.export.source import Refusal, Source, Subject, codes_of, label
@@ -139,14 +140,13 @@ def _floats(settings: Tally, job: Job, artefact: Artefact) -> None:
 def _unquantized(source: Source, found: list[Subject], artefact: Artefact, files: dict[str, File]) -> Check:
   """Unquantized tensors and the scales of the key/value cache, bit for bit in the file's own type."""
   tally = Tally("unquantized tensors")
-  done = {f"{subject.name}.weight" for subject in found}
-  expected = {label(name): name for name in source.parameter_shapes() if name not in done}
+  expected = unquantized(source, found, artefact)
   _names(tally, set(expected), set(artefact.floats), "tensor")
   for text in artefact.floats:
     if text in expected:
       kind = files[text].entries[text].dtype
       tally.bits(text, to_bits(source.tensor(expected[text]), kind), files[text].read(text))
-  caches = _caches(source)
+  caches = _caches(source, artefact.layout == modelopt.NAME)
   _names(tally, set(caches), set(artefact.caches), "cache scale")
   for text in artefact.caches:
     if text in caches:
@@ -154,10 +154,27 @@ def _unquantized(source: Source, found: list[Subject], artefact: Artefact, files
   return tally.check()
 
 
-def _caches(source: Source) -> dict[str, np.ndarray]:
+def unquantized(source: Source, found: list[Subject], artefact: Artefact) -> dict[str, str]:
+  """Unquantized tensors that the artefact must have: name there -> name in the model.
+
+  A head that is the table of embeddings has no tensor of its own where config.json says so; some models hold a copy of it all the same.
+  """
+  done = {f"{subject.name}.weight" for subject in found}
+  names = {label(name): name for name in source.parameter_shapes() if name not in done}
+  if artefact.config.get("tie_word_embeddings") is True and HEAD in names and HEAD not in artefact.floats:
+    head = source.tensor(names[HEAD])
+    tables = [f"{name}.weight" for name in source.weighted() if source.is_table(name)]
+    if any(names.get(table) == table and np.array_equal(source.tensor(table), head) for table in tables):
+      del names[HEAD]
+  return names
+
+
+def _caches(source: Source, in_projection: bool) -> dict[str, np.ndarray]:
+  """Scales of the key/value cache under the names that clients look for; ModelOpt keeps them in k_proj and v_proj."""
   found = {}
   for name, stages in source.activation_stages().items():
     module, _, role = name.rpartition(".")
     if role in ("k_bmm_quantizer", "v_bmm_quantizer"):
-      found[f"{label(module)}.{role[0]}_scale"] = cache_scale(stages[0].amax).reshape(1)
+      place, shape = (f"{label(module)}.{role[0]}_proj", ()) if in_projection else (label(module), (1,))
+      found[f"{place}.{role[0]}_scale"] = cache_scale(stages[0].amax).reshape(shape)
   return found

@@ -22,12 +22,13 @@ import core
 from core import encoding, formats
 from core.bits import divide
 from core.export import compressed_tensors
-from core.export.read import Artefact, open_files, read
+from core.export.read import Artefact, read
 from core.export.safetensors_file import to_bits, to_float
-from core.export.source import Stage, Subject, codes_of, label
+from core.export.source import Stage, Subject, codes_of
 from core.quantize import QuantizedTensor
 from core.verify import inputs, outputs
 from core.verify.job import Job, package
+from core.verify.numpy_client import unquantized
 from core.verify.report import DIFFERS, NOT_CHECKED, WITHIN, Check, NotRun
 from core.verify.tally import Tally
 
@@ -63,7 +64,7 @@ def run(job: Job) -> list[Check]:
     stuck = _decompress(torch, model, tokens[0])
     if stuck:
       return [lost, seen, Check("weights", DIFFERS, note=f"the client cannot decompress them: {stuck}")]
-    checks = [lost, seen, _weights(torch, model, job, found), _unquantized(model, job, found)]
+    checks = [lost, seen, _weights(torch, model, job, found), _unquantized(model, artefact, job, found)]
     reason = job.narrow or (DENSE if not lazy and any(subject.inputs for subject in found) else "")
     if reason:
       return [*checks, Check("log-probabilities", NOT_CHECKED, note=reason)]
@@ -154,20 +155,16 @@ def _weights(torch: Any, model: Any, job: Job, found: list[Subject]) -> Check:
   return dataclasses.replace(found_check, status=WITHIN if bound else DIFFERS, largest=largest, note=note)
 
 
-def _unquantized(model: Any, job: Job, found: list[Subject]) -> Check:
+def _unquantized(model: Any, artefact: Artefact, job: Job, found: list[Subject]) -> Check:
   """The client's other tensors, which are those of the file in float32."""
   tally = Tally("unquantized tensors")
   source, held = job.simulation.source, model.state_dict()
-  done = {f"{subject.name}.weight" for subject in found}
-  types = {name: file.entries[name].dtype for file in open_files(job.place) for name in file.entries}
-  for name in source.parameter_shapes():
-    text = label(name)
-    if name in done:
-      continue
-    if text not in held or text not in types:
+  for text, name in unquantized(source, found, artefact).items():
+    if text not in held or text not in artefact.floats:
       tally.wrong(f"{text} (missing)")
       continue
-    wanted = to_float(to_bits(source.tensor(name), types[text]), types[text]).astype(np.float32)
+    kind = artefact.dtype(text)
+    wanted = to_float(to_bits(source.tensor(name), kind), kind).astype(np.float32)
     tally.values(text, wanted, held[text].detach().float().numpy())
   return tally.check()
 

@@ -11,7 +11,9 @@ import pytest
 
 import torch_backend
 from core.verify import Report
+from tests.experiments import tiny
 from tests.export import quantized as q
+from tests.export.conftest import SIZES
 from tests.verify.conftest import MODELOPT, Made
 
 EXACT = (  # the client's weights, inputs and log-probabilities are the simulated ones, bit for bit
@@ -101,6 +103,17 @@ def test_modelopt_does_not_read_the_other_layout(folder: Made) -> None:
   made, out = folder("torch", "INT8_DEFAULT_CFG")
   report = verify(made, out, "modelopt")
   assert not report.passed and report["modelopt"].status == "not run"
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+def test_tied_head(tmp_path: Path, backend: str) -> None:
+  """The head has no tensor of its own in the folder; the Flax model holds a copy of the table."""
+  sizes: dict[str, Any] = dict(SIZES)
+  source = tiny.llama_folder(tmp_path / "tied", **sizes, tie_word_embeddings=True)
+  made = q.quantized(backend, source, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG")
+  q.exported(made, tmp_path / "out", "compressed-tensors", source)
+  report = made.verify(tmp_path / "out", clients=("numpy", "transformers"), prompts=q.IDS)
+  assert report.passed, str(report)
 
 
 def test_bfloat16_outputs_are_not_compared_with_float32_ones(llama: Path, tmp_path: Path) -> None:
