@@ -7,13 +7,11 @@
 The arithmetic is `core`'s and the same, bit for bit, as in PyTorch. Every preset of `core.config` is a name of this module.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from core.calibrate.report import print_calibration_report
 from core.config import DEFAULT_GROUPS, EXPERT_GROUPS, PRESETS, ConfigWarning, QuantizerConfig, choices, preset
-from core.search.groups import SEARCH_GROUPS
-from core.search.report import print_auto_quantize_summary
-from core.search.state import get_auto_quantize_config, pareto_front
 from jax_backend.apply import QuantModule
 from jax_backend.auto_quantize import auto_quantize
 from jax_backend.calibrate import Runner, calibrate, max_calibrate, register_algorithm
@@ -29,6 +27,11 @@ from jax_backend.state import restore, save
 from jax_backend.summary import print_quant_summary, summary
 from jax_backend.verify import verify, verify_controls
 from jax_backend.weights import weight_quantization
+
+if TYPE_CHECKING:
+  from core.search.groups import SEARCH_GROUPS
+  from core.search.report import print_auto_quantize_summary
+  from core.search.state import get_auto_quantize_config, pareto_front
 
 __all__ = [
   "DEFAULT_GROUPS",
@@ -76,10 +79,20 @@ __all__ = [
 ]
 
 
+_LATER = {
+  "SEARCH_GROUPS": "core.search.groups",
+  "get_auto_quantize_config": "core.search.state",
+  "pareto_front": "core.search.state",
+  "print_auto_quantize_summary": "core.search.report",
+}
+
+
 def __getattr__(name: str) -> Any:
-  """The presets: `jax_backend.INT8_DEFAULT_CFG` and its like."""
+  """The presets, `jax_backend.INT8_DEFAULT_CFG` and its like, and what is imported where it is used."""
   if name in PRESETS:
     return PRESETS[name]
+  if name in _LATER:
+    return getattr(importlib.import_module(_LATER[name]), name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

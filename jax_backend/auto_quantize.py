@@ -9,21 +9,17 @@ from typing import Any
 import flax.linen as nn
 
 from core import compression
-from core.search import driver, errors
-from core.search.driver import Request
-from core.search.scores import BY_GRADIENT
+from core.search import DEFAULT_FORMATS
 from jax_backend import tree
 from jax_backend.apply import QuantModule
 from jax_backend.convert import check_module
-from jax_backend.search_host import JaxSearchHost
-from jax_backend.search_scores import Step
 
 
 def auto_quantize(
   module: nn.Module,
   variables: Mapping[str, Any],
   constraints: Mapping[str, Any] | None = None,
-  quantization_formats: Any = driver.DEFAULT_FORMATS,
+  quantization_formats: Any = DEFAULT_FORMATS,
   data_loader: Iterable[Any] | None = None,
   forward_step: Callable[[Any, Any], Any] | None = None,
   loss_func: Callable[[Any, Any], Any] | None = None,
@@ -99,6 +95,11 @@ def auto_quantize(
 
   References: nvidia-modelopt 0.47, auto_quantize; Dong et al., 2019, arXiv:1911.03852 (HAWQ-V2) for "hessian".
   """
+  # Imported where used: `import jax_backend` stays light.
+  from core.search import driver
+  from core.search.driver import Request
+  from jax_backend.search_host import JaxSearchHost
+
   check_module(module, variables)
   compression.refuse_compressed(tree.compressed_layers(variables.get("quant", {})), "auto_quantize")
   driver.check_data(data_loader, {"num_calib_steps": num_calib_steps, "num_score_steps": num_score_steps, "num_probes": num_probes}, method)
@@ -130,13 +131,17 @@ def auto_quantize(
   return host.result, state
 
 
-def _step(method: str, forward_step: Any, loss_func: Any, forward_backward_step: Any) -> Step:
-  """The user's functions.
+def _step(method: str, forward_step: Any, loss_func: Any, forward_backward_step: Any) -> Any:
+  """The user's functions, as a `jax_backend.search_scores.Step`.
 
   Raises:
     ValueError: one that the method needs is missing.
     TypeError: one is no function.
   """
+  from core.search import errors
+  from core.search.scores import BY_GRADIENT
+  from jax_backend.search_scores import Step
+
   given = {"forward_step": forward_step, "loss_func": loss_func, "forward_backward_step": forward_backward_step}
   for name, function in given.items():
     if function is not None and not callable(function):

@@ -8,17 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from core import compression
-from core.search import driver, errors
-from core.search.driver import Request, check_data
-from core.search.scores import BY_GRADIENT
+from core.search import DEFAULT_FORMATS
 from torch_backend.names import compressed_layers
-from torch_backend.search_host import ForwardStep, TorchSearchHost, default_forward_step
+
+ForwardStep = Callable[[nn.Module, Any], Any]
 
 
 def auto_quantize(
   model: nn.Module,
   constraints: Mapping[str, Any] | None = None,
-  quantization_formats: Any = driver.DEFAULT_FORMATS,
+  quantization_formats: Any = DEFAULT_FORMATS,
   data_loader: Iterable[Any] | None = None,
   forward_step: ForwardStep | None = None,
   loss_func: Callable[[Any, Any], Tensor] | None = None,
@@ -88,6 +87,12 @@ def auto_quantize(
 
   References: nvidia-modelopt 0.47, auto_quantize; Dong et al., 2019, arXiv:1911.03852 (HAWQ-V2) for "hessian".
   """
+  # Imported where used: `import torch_backend` stays light.
+  from core.search import driver, errors
+  from core.search.driver import Request, check_data
+  from core.search.scores import BY_GRADIENT
+  from torch_backend.search_host import TorchSearchHost, default_forward_step
+
   if not isinstance(model, nn.Module):
     raise TypeError(f"auto_quantize takes an nn.Module, got {type(model).__name__}")
   compression.refuse_compressed(compressed_layers(model), "auto_quantize")

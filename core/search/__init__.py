@@ -4,3 +4,5 @@
 result as plain data. `driver` runs the course over a model that a backend's `SearchHost` (`host`) calibrates and scores. Nothing here
 knows torch or jax.
 """
+
+DEFAULT_FORMATS = ("NVFP4_AWQ_LITE_CFG", "FP8_DEFAULT_CFG")

@@ -12,15 +12,13 @@ from typing import Any
 from core.calibrate.progress import progress
 from core.config import ConfigWarning
 from core.config.frozen import check_choice
-from core.search import configs, errors, report, scores, spaces
+from core.search import DEFAULT_FORMATS, configs, errors, report, scores, spaces
 from core.search.costs import Counting, read_cost_model
 from core.search.host import SearchHost
 from core.search.plan import Plan, make_plan
 from core.search.resume import ScoreFile
 from core.search.scores import BY_GRADIENT, METHODS, TRACE
 from core.search.state import State, config_of, make_state
-
-DEFAULT_FORMATS = ("NVFP4_AWQ_LITE_CFG", "FP8_DEFAULT_CFG")
 
 
 @dataclasses.dataclass(frozen=True)
