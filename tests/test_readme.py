@@ -10,9 +10,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 
 @pytest.mark.models
-@pytest.mark.parametrize(
-  "block", [*BLOCKS[:3], pytest.param(BLOCKS[3], marks=pytest.mark.slow)], ids=["torch", "jax", "core", "artefacts"]
-)
+@pytest.mark.parametrize("block", [*BLOCKS[:3], pytest.param(BLOCKS[3], marks=pytest.mark.slow)], ids=["torch", "jax", "core", "artefacts"])
 def test_block_runs(block: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.chdir(tmp_path)
   exec(compile(block, str(README), "exec"), {})
