@@ -6,7 +6,10 @@ in the fixture raises, nothing skips. Whatever needs the network is switched off
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -42,6 +45,15 @@ def runtime(request: pytest.FixtureRequest) -> Runtime:
   backend, compiled = RUNTIMES[request.param]
   device = "cpu" if backend == "numpy" else request.config.getoption("--device")
   return Runtime(backend, compiled, device)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory() -> Iterator[None]:
+  """Compiled programs of one file are of no use to the next one, and hundreds of them are gigabytes."""
+  yield
+  if "jax" in sys.modules:
+    sys.modules["jax"].clear_caches()
+  gc.collect()
 
 
 @pytest.fixture
