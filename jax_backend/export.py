@@ -42,7 +42,7 @@ def export(
     qmodule: what `quantize` returned.
     qvariables: its variables, calibrated and not folded; compressed weights are written as they are.
     directory: folder to make.
-    layout: "compressed-tensors" (transformers, vLLM) or "modelopt" (vLLM, TensorRT-LLM, SGLang).
+    layout: "compressed-tensors" (transformers, vLLM), "modelopt" (vLLM, TensorRT-LLM, SGLang) or "gguf" (transformers, llama.cpp).
     source: Hugging Face folder of the float model, for config.json, generation_config.json and the tokenizer; without it config.json says
       only how the model is quantized.
     tokenizer: an object with `save_pretrained`, in place of the files in `source`.

@@ -40,7 +40,7 @@ def export(
   Args:
     model: what `quantize` returned, calibrated and not folded; compressed weights are written as they are.
     directory: folder to make.
-    layout: "compressed-tensors" (transformers, vLLM) or "modelopt" (vLLM, TensorRT-LLM, SGLang).
+    layout: "compressed-tensors" (transformers, vLLM), "modelopt" (vLLM, TensorRT-LLM, SGLang) or "gguf" (transformers, llama.cpp).
     source: Hugging Face folder of the float model, for config.json, generation_config.json and the tokenizer; None takes the model's own
       `config` and `generation_config`, where it has them.
     tokenizer: an object with `save_pretrained`, in place of the files in `source`.

@@ -11,6 +11,7 @@ from core.export.plan import Plan
 READERS = {
   "compressed-tensors": "transformers with the package compressed-tensors, and vLLM",
   "modelopt": "vLLM, TensorRT-LLM and SGLang; not transformers",
+  "gguf": 'transformers (`gguf_file="model.gguf"`) and llama.cpp',
 }
 
 
@@ -42,6 +43,8 @@ def _scheme(scheme: Mapping[str, Any]) -> str:
   if "quant_algo" in scheme:
     size = scheme.get("group_size")
     return f"{scheme['quant_algo']}{f', groups of {size}' if size else ''}{', pre_quant_scale' if scheme.get('pre_quant_scale') else ''}"
+  if "weights" not in scheme:
+    return f"{scheme['format']}: blocks of 32"
   weights, inputs = scheme["weights"], scheme["input_activations"]
   return f"{scheme['format']}: weights {_args(weights)}; inputs {_args(inputs) if inputs else 'float'}"
 

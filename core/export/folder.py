@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from core.export import card as model_card
+from core.export import gguf_layout, gguf_write
 from core.export.plan import DTYPES, HEAD, Item, Plan, plan, warn
 from core.export.safetensors_file import Entry, Writer
 from core.export.source import Source
@@ -45,7 +46,7 @@ def write(
   Args:
     source: the model.
     directory: folder to make.
-    layout: "compressed-tensors" or "modelopt".
+    layout: "compressed-tensors", "modelopt" or "gguf" (one file model.gguf, of any size).
     base: Hugging Face folder of the float model: config.json, generation_config.json and tokenizer files come from it.
     config: content of config.json; None takes that of `base`.
     generation: content of generation_config.json; None takes that of `base`.
@@ -71,17 +72,22 @@ def write(
   config = config if config is not None else _read_json(Path(base) / "config.json") if base is not None else None
   tied = bool((config or {}).get("tie_word_embeddings")) and _is_tied(source)
   made = plan(source, layout, dtype, tied)
+  if layout == gguf_layout.NAME:
+    gguf_write.check(made, config)
   if config is None:
     made.notes.append(
       "config.json says only how the model is quantized; give `source`, the folder of the float model, for one that clients load"
     )
   warn(made)
   with _beside(target, overwrite) as work:
-    write_tensors(made, work, limit)
-    _write_json(work / "config.json", _config(config or {}, made, source, dtype, tied))
+    _copy(base, work, tokenizer, generation)
+    if layout == gguf_layout.NAME:
+      gguf_write.write(made, work, config or {}, str((card or {}).get("title") or "A quantized model"))
+    else:
+      write_tensors(made, work, limit)
+      _write_json(work / "config.json", _config(config or {}, made, source, dtype, tied))
     for name, content in made.beside.items():
       _write_json(work / name, content)
-    _copy(base, work, tokenizer, generation)
     (work / "README.md").write_text(model_card.text(made, card or {}), encoding="utf-8")
   return target
 

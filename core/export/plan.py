@@ -11,12 +11,12 @@ import numpy as np
 import core
 from core.config.groups import group
 from core.config.rules import ConfigWarning
-from core.export import compressed_tensors, modelopt
+from core.export import compressed_tensors, gguf_layout, modelopt
 from core.export.layout import Planned
 from core.export.safetensors_file import Entry, to_bits
 from core.export.source import Refusal, Source, Subject, check, codes_of, few, granularity, label, natural, subjects
 
-LAYOUTS: dict[str, Any] = {compressed_tensors.NAME: compressed_tensors, modelopt.NAME: modelopt}
+LAYOUTS: dict[str, Any] = {module.NAME: module for module in (compressed_tensors, modelopt, gguf_layout)}
 HEAD = "lm_head.weight"
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -55,7 +55,7 @@ def plan(source: Source, layout: str, dtype: str | None = None, tied_head: bool 
 
   Args:
     source: the model.
-    layout: "compressed-tensors" or "modelopt".
+    layout: "compressed-tensors", "modelopt" or "gguf".
     dtype: of the unquantized tensors; None leaves each in its own.
     tied_head: whether the head is the table of embeddings and gets no tensor of its own.
 
@@ -82,6 +82,8 @@ def plan(source: Source, layout: str, dtype: str | None = None, tied_head: bool 
   if layout == modelopt.NAME:
     settings = modelopt.config(layers, quiet, None if cache is None else cache[1])
     return Plan(layout, layers, items, exact, modelopt.hf_config(settings), {"hf_quant_config.json": settings}, notes)
+  if layout == gguf_layout.NAME:
+    return Plan(layout, layers, items, exact, {}, {}, notes)
   tables = [subject.label for subject in found if subject.table]
   settings = compressed_tensors.config(layers, quiet, tables, None if cache is None else cache[0])
   return Plan(layout, layers, items, exact, settings, {}, notes)
@@ -171,6 +173,8 @@ def _notes(layout: str, layers: dict[str, Planned]) -> list[str]:
       text = f"transformers reads {', '.join(wrong)} of this layout silently wrong: it takes the codes for weights and drops the scales"
       return [text + "; for transformers export layout 'compressed-tensors'"]
     return ["transformers does not read this layout; for transformers export layout 'compressed-tensors'"]
+  if layout == gguf_layout.NAME:
+    return ["llama.cpp rounds the inputs of these layers to 8 bits by its own rule; transformers leaves them float"]
   forms = {planned.scheme["format"] for planned in layers.values()}
   notes = []
   if len({str(planned.scheme) for planned in layers.values()}) > 1:

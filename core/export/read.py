@@ -9,23 +9,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.export import compressed_tensors, modelopt, read_compressed_tensors, read_modelopt
+from core.export import compressed_tensors, gguf_layout, modelopt, read_compressed_tensors, read_gguf, read_modelopt
 from core.export.folder import METADATA
+from core.export.gguf_file import GgufFile
 from core.export.layout import Stored
 from core.export.safetensors_file import File, to_float
 from core.export.source import natural
 
-READERS: dict[str, Any] = {compressed_tensors.NAME: read_compressed_tensors, modelopt.NAME: read_modelopt}
+READERS: dict[str, Any] = {
+  compressed_tensors.NAME: read_compressed_tensors,
+  modelopt.NAME: read_modelopt,
+  gguf_layout.NAME: read_gguf,
+}
 MAX_JSON = 50_000_000
 _PARTS = (
   "weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape", "weight_zero_point", "input_scale",
   "input_global_scale", "pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b",
 )  # fmt: skip
+Files = Sequence[File | GgufFile]
 
 
 class Artefact:
@@ -33,19 +40,20 @@ class Artefact:
 
   Attributes:
     directory: where it is.
-    layout: "compressed-tensors" or "modelopt".
-    config: content of config.json.
+    layout: "compressed-tensors", "modelopt" or "gguf".
+    config: content of config.json; of a GGUF file, what it says of sizes.
     settings: how the model is quantized, as the layout writes it.
     layers: names of the quantized layers, in order.
     floats: names of the unquantized tensors, in order.
     caches: scales of the key/value cache by name ("model.layers.0.self_attn.k_scale").
   """
 
-  def __init__(self, directory: Path, layout: str, config: dict[str, Any], settings: dict[str, Any], files: list[File]) -> None:
+  def __init__(self, directory: Path, layout: str, config: dict[str, Any], settings: dict[str, Any], files: Files) -> None:
     self.directory, self.layout, self.config, self.settings = directory, layout, config, settings
     self._files = {name: file for file in files for name in file.entries}
     self._exact = _exact(files)
-    self.layers = sorted((name.removesuffix(".weight_scale") for name in self._files if name.endswith(".weight_scale")), key=natural)
+    named = (name.removesuffix(".weight_scale") for name in self._files if name.endswith(".weight_scale"))
+    self.layers = sorted(settings["layers"] if layout == gguf_layout.NAME else named, key=natural)
     owned = {f"{layer}.{part}" for layer in self.layers for part in (*_PARTS, "weight")}
     self.caches = sorted((n for n in self._files if n.endswith((".k_scale", ".v_scale"))), key=natural)
     self.floats = sorted(self._files.keys() - owned - set(self.caches), key=natural)
@@ -111,6 +119,10 @@ def read(directory: str | Path) -> Artefact:
   folder = Path(directory)
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder} is no folder")
+  single = _gguf(folder)
+  if single is not None:
+    file = GgufFile(single)
+    return Artefact(folder, gguf_layout.NAME, *read_gguf.described(file), [file])
   config = _json(folder / "config.json")
   settings = config.get("quantization_config")
   beside = folder / "hf_quant_config.json"
@@ -123,13 +135,22 @@ def read(directory: str | Path) -> Artefact:
   return Artefact(folder, str(method), config, settings, open_files(folder))
 
 
-def open_files(folder: Path) -> list[File]:
-  """model.safetensors, or the files that its index names; headers are checked.
+def _gguf(folder: Path) -> Path | None:
+  """The GGUF file of a folder that is exported as one."""
+  path = folder / gguf_layout.FILE
+  return path if path.is_file() and not (folder / "config.json").exists() else None
+
+
+def open_files(folder: Path) -> Files:
+  """model.safetensors, or the files that its index names, or model.gguf; headers are checked.
 
   Raises:
     FileNotFoundError: files are missing.
     ValueError: a file or the index is damaged.
   """
+  single = _gguf(folder)
+  if single is not None:
+    return [GgufFile(single)]
   index = folder / "model.safetensors.index.json"
   if not index.exists():
     return [File(_existing(folder / "model.safetensors"))]
@@ -168,7 +189,7 @@ def _json(path: Path) -> dict[str, Any]:
   return value
 
 
-def _exact(files: list[File]) -> dict[str, np.ndarray]:
+def _exact(files: Files) -> dict[str, np.ndarray]:
   found: dict[str, np.ndarray] = {}
   for file in files:
     text = file.metadata.get(METADATA)

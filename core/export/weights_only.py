@@ -195,7 +195,7 @@ def export_weights(
     source: Hugging Face folder of a float model.
     directory: folder to make.
     config: quantization config whose inputs are off or dynamic and whose algorithm is "max" or None.
-    layout: "compressed-tensors" or "modelopt".
+    layout: "compressed-tensors", "modelopt" or "gguf".
     group_rules: siblings that share tensor-level scales; None is the default list.
     max_shard_size: bytes, or "500MB".
     dtype: of the unquantized tensors; None leaves each in its own.

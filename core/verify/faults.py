@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from core.export import packing
+from core.export import gguf_layout, packing
 from core.export.folder import METADATA
 from core.export.layout import Stored
 from core.export.read import open_files, read
@@ -253,9 +253,11 @@ def open_content(folder: Path) -> Content:
   """The folder in memory.
 
   Raises:
-    ValueError: it is damaged.
+    ValueError: it is damaged, or a GGUF file.
   """
   artefact = read(folder)
+  if artefact.layout == gguf_layout.NAME:
+    raise ValueError(f"{folder} holds a GGUF file; controls inject their faults into safetensors folders and ONNX files only")
   files = open_files(folder)
   arrays = {name: file.read(name) for file in files for name in file.entries}
   dtypes = {name: file.entries[name].dtype for file in files for name in file.entries}

@@ -13,7 +13,7 @@ import numpy as np
 from core.export.source import Source, Subject, subjects
 from core.verify.report import NotRun
 
-EXTRAS = {"transformers": "hf", "torch": "torch", "rich": "test"}
+EXTRAS = {"transformers": "hf", "gguf": "hf", "torch": "torch", "rich": "test"}
 _ONNX = ("onnx", "onnxruntime")
 
 

@@ -6,13 +6,14 @@ layout and no reader: there its packer is given the simulated weights, and must 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 import core
 from core.export import modelopt
+from core.export.gguf_file import GgufFile
 from core.export.read import open_files, read
 from core.export.safetensors_file import File
 from core.export.source import Subject, codes_of
@@ -63,7 +64,7 @@ def run(job: Job) -> list[Check]:
   return [tally.check(note=note), inputs]
 
 
-def _tensor(torch: Any, files: dict[str, File], name: str) -> Any:
+def _tensor(torch: Any, files: Mapping[str, File | GgufFile], name: str) -> Any:
   """A tensor of the file in torch's type."""
   file = files.get(name)
   if file is None:
@@ -72,7 +73,7 @@ def _tensor(torch: Any, files: dict[str, File], name: str) -> Any:
   return array.view(torch.float8_e4m3fn) if file.entries[name].dtype == "F8_E4M3" else array
 
 
-def _repacked(torch: Any, subject: Subject, made: QuantizedTensor, files: dict[str, File], tally: Tally) -> None:
+def _repacked(torch: Any, subject: Subject, made: QuantizedTensor, files: Mapping[str, File | GgufFile], tally: Tally) -> None:
   """INT4: ModelOpt's packer on the simulated weights; and the scales, which its packer is given."""
   pack = package("modelopt.torch.export.quant_utils", "this client").pack_int4_in_uint8
   scale = np.array(step_of(made), np.float32)

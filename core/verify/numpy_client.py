@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from core.export import modelopt
+from core.export.gguf_file import GgufFile
 from core.export.layout import Planned
 from core.export.plan import HEAD, LAYOUTS, cache_scale
 from core.export.read import Artefact, open_files, read
@@ -90,7 +92,7 @@ def _scale(value: Any) -> np.ndarray | None:
   return found.reshape([n for n in found.shape if n != 1])
 
 
-def _others(subject: Subject, planned: Planned, made: QuantizedTensor, files: dict[str, File], rest: Tally) -> None:
+def _others(subject: Subject, planned: Planned, made: QuantizedTensor, files: Mapping[str, File | GgufFile], rest: Tally) -> None:
   """Tensors beside the weight's own: what the exporter would write, bit for bit."""
   name = subject.label
   wanted = {suffix for suffix in planned.entries if suffix not in _WEIGHT}
@@ -137,7 +139,7 @@ def _floats(settings: Tally, job: Job, artefact: Artefact) -> None:
       settings.wrong(f"{text} (stays float, and the configuration does not leave it out)")
 
 
-def _unquantized(source: Source, found: list[Subject], artefact: Artefact, files: dict[str, File]) -> Check:
+def _unquantized(source: Source, found: list[Subject], artefact: Artefact, files: Mapping[str, File | GgufFile]) -> Check:
   """Unquantized tensors and the scales of the key/value cache, bit for bit in the file's own type."""
   tally = Tally("unquantized tensors")
   expected = unquantized(source, found, artefact)

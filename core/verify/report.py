@@ -79,7 +79,7 @@ class Report:
 
   Attributes:
     artefact: the folder or file.
-    layout: "compressed-tensors", "modelopt" or "onnx".
+    layout: "compressed-tensors", "modelopt", "gguf" or "onnx".
     outcomes: one per client, in the order they were asked for.
   """
 

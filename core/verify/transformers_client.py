@@ -21,7 +21,7 @@ import numpy as np
 import core
 from core import encoding, formats
 from core.bits import divide
-from core.export import compressed_tensors
+from core.export import gguf_layout, modelopt
 from core.export.read import Artefact, read
 from core.export.safetensors_file import to_bits, to_float
 from core.export.source import Stage, Subject, codes_of
@@ -52,16 +52,18 @@ def run(job: Job) -> list[Check]:
     ValueError: the folder is damaged.
   """
   artefact = read(job.place)
-  if artefact.layout != compressed_tensors.NAME:
+  if artefact.layout == modelopt.NAME:
     raise NotRun(MODELOPT)
   tokens = job.tokens()
   torch, transformers = package("torch", "this client"), package("transformers", "this client")
-  package("compressed_tensors", "this client")
+  in_gguf = artefact.layout == gguf_layout.NAME
+  for name in ("gguf", "accelerate") if in_gguf else ("compressed_tensors",):
+    package(name, "this client")
   with _quiet(transformers), torch.no_grad():
     found = job.subjects()
     model, lost, lazy = _load(torch, transformers, artefact, found)
     seen = _inputs(torch, model, job, found) if lazy else Check("inputs", NOT_CHECKED, note=DENSE)
-    stuck = _decompress(torch, model, tokens[0])
+    stuck = "" if in_gguf else _decompress(torch, model, tokens[0])
     if stuck:
       return [lost, seen, Check("weights", DIFFERS, note=f"the client cannot decompress them: {stuck}")]
     checks = [lost, seen, _weights(torch, model, job, found), _unquantized(model, artefact, job, found)]
@@ -89,15 +91,19 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 def _load(torch: Any, transformers: Any, artefact: Artefact, found: list[Subject]) -> tuple[Any, Check, bool]:
-  """(the model, whether all tensors found their place, whether it holds compressed weights and quantizes inputs)."""
+  """(the model, whether all tensors found their place, whether its inputs can be asked for)."""
   named = artefact.config.get("architectures")
   name = named[0] if isinstance(named, list) and named else None
   if not isinstance(name, str) or not hasattr(transformers, name):
     raise NotRun(f"config.json names the architecture {name!r}, which transformers does not have; export with source=")
   lazy = not any(subject.spec.zero_point for subject in found)  # of packed zero points the client expects another shape, unless dense
+  if artefact.layout == gguf_layout.NAME:
+    options: dict[str, Any] = {"gguf_file": gguf_layout.FILE}
+  else:
+    options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=not lazy)}
   model, info = getattr(transformers, name).from_pretrained(
     str(artefact.directory),
-    quantization_config=transformers.CompressedTensorsConfig(dequantize=not lazy),
+    **options,
     dtype=torch.float32,
     local_files_only=True,
     output_loading_info=True,

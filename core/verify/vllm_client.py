@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from core.export import gguf_layout
 from core.verify.job import Job
 from core.verify.outputs import log_softmax
 from core.verify.report import DIFFERS, EQUAL, NOT_CHECKED, WITHIN, Check, NotRun
@@ -32,6 +33,8 @@ def run(job: Job) -> list[Check]:
     raise NotRun("no interpreter of an environment with vLLM was given (vllm_python=)")
   if job.narrow:
     raise NotRun(job.narrow)
+  if (job.place / gguf_layout.FILE).is_file():
+    raise NotRun("vLLM's reading of GGUF files was never tried here")
   prompts = [row.tolist() for ids in job.tokens() for row in ids]
   answer = _ask(job, prompts)
   compared, beyond, largest = 0, 0, 0.0

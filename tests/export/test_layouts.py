@@ -101,8 +101,8 @@ def test_folded_and_unquantized_models(tmp_path: Path) -> None:
     jax_backend.export(None, {"params": {}}, tmp_path / "out")  # type: ignore[arg-type]
   with pytest.raises(ValueError, match="no weight of the model is quantized"):
     write(twin(INT8, {"num_bits": 8}, **{"*weight_quantizer": {"enable": False}}), tmp_path / "out")
-  with pytest.raises(ValueError, match="layout 'gguf' is unknown; allowed are 'compressed-tensors', 'modelopt'"):
-    write(twin(INT8), tmp_path / "out", "gguf")
+  with pytest.raises(ValueError, match="layout 'awq' is unknown; allowed are 'compressed-tensors', 'modelopt', 'gguf'"):
+    write(twin(INT8), tmp_path / "out", "awq")
 
 
 def test_convolutions_are_no_linear_layers(tmp_path: Path) -> None:
