@@ -118,7 +118,8 @@ def _add_vocabulary(writer: Any, made: Plan, folder: Path, config: Mapping[str, 
   try:
     found = vocabulary(folder, config, rows)
   except Unknown as error:
-    note = f"the tokenizer is left out of {gguf_layout.FILE}: {error}; transformers takes it from this folder, llama.cpp opens the file and its server cannot run it"
+    readers = "transformers takes it from this folder, llama.cpp opens the file and its server cannot run it"
+    note = f"the tokenizer is left out of {gguf_layout.FILE}: {error}; {readers}"
     made.notes.append(note)
     warnings.warn(f"export to layout {made.layout!r}: {note}", ConfigWarning, stacklevel=5)
     writer.add_tokenizer_model("no_vocab")
