@@ -87,7 +87,8 @@ def test_every_preset(preset, dtype, compared):
   compared(expected.size)
 
 
-@pytest.mark.parametrize("stack", [pytest.param(None, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", [None, 0, 1])
 def test_scanned_stacks(stack, compared):
   """A scanned stack's codes are sliced with it, wherever its parameters have the stacked axis."""
   module, tokens = nets.Llama(stack=stack), nets.tokens()
@@ -156,7 +157,8 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind == "zero points" else pytest.mark.slow) for kind in KINDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_layer(kind, compared):
   """Convolutions in Flax's layouts, grouped and transposed."""
   module, x = nets.CNN(), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))

@@ -41,8 +41,14 @@ def raw(x) -> bytes:
   return to_numpy(x).tobytes()
 
 
-@pytest.mark.parametrize("framework", ARRAYS)
-@pytest.mark.parametrize("width", range(1, 9))
+WIDTHS = [
+  pytest.param(framework, width, marks=[pytest.mark.slow] if framework == "jax" and width not in (4, 6) else [])
+  for framework in ARRAYS
+  for width in range(1, 9)
+]
+
+
+@pytest.mark.parametrize(("framework", "width"), WIDTHS)
 def test_every_code_in_every_place(framework, width, compared):
   """Each code of a width at each place of its group, rows of every length up to three groups; and the bytes of numpy's bit order."""
   for length in range(1, 26) if framework != "jax" else (8, 13):  # eager jax compiles every operation for every length

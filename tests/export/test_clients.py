@@ -94,7 +94,7 @@ def test_bfloat16_model_loads(llama: Path, tmp_path: Path) -> None:
   assert (np.abs(got - exact) <= 2.0**-7 * np.abs(exact)).all()  # the scale and the product, each half an ulp of bfloat16
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
 def test_tied_head(tied_llama: Path, tmp_path: Path, backend: str) -> None:
   """It has no tensor of its own, and clients are told that it is not quantized."""
   made = q.quantized(backend, tied_llama, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG")

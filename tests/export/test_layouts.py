@@ -166,6 +166,7 @@ def test_clients_that_differ_are_named(llama: Path, tmp_path: Path) -> None:
     made.export(tmp_path / "c", source=llama)
 
 
+@pytest.mark.slow
 def test_scanned_stacks(llama: Path, tmp_path: Path) -> None:
   """Layers that nn.scan stacks are the same bytes as layers one by one."""
   config = q.OWN["MIXED"]
@@ -197,6 +198,7 @@ def test_compressed_models(llama: Path, tmp_path: Path, name: str) -> None:
     assert file.read_bytes() == (tmp_path / "packed" / file.name).read_bytes(), file.name
 
 
+@pytest.mark.slow
 def test_compressed_variables(tmp_path: Path) -> None:
   """The same in JAX."""
   made = twins.Jax().quantize("max", twins.FORMATS["nvfp4"])

@@ -19,6 +19,7 @@ from tests.calibrate import twins
 CONFIG = {**twins.FORMATS["int4"], "*input_quantizer": {"num_bits": (4, 3)}}
 
 
+@pytest.mark.slow
 def test_symbolic_lengths_and_compressed_variables(tmp_path: Path) -> None:
   net = twins.Jax().quantize("max", CONFIG)
   batch, tokens = jax.export.symbolic_shape("B,T")

@@ -55,9 +55,7 @@ ALGORITHMS = {
 
 
 # Calibration in JAX compiles the model for every statistic that an algorithm asks for.
-CASES = [
-  pytest.param(b, n, marks=[pytest.mark.slow] if b == "jax" and n != "smoothquant" else []) for b in ("torch", "jax") for n in ALGORITHMS
-]
+CASES = [pytest.param(b, n, marks=[pytest.mark.slow] if b == "jax" else []) for b in ("torch", "jax") for n in ALGORITHMS]
 
 
 @pytest.mark.parametrize("backend, name", CASES)

@@ -67,6 +67,7 @@ def test_torch_to_jax_and_back(name, tmp_path, compared):
   assert np.array_equal(nets.torch_output(back), nets.torch_output(net))
 
 
+@pytest.mark.slow
 def test_a_compressed_stack(tmp_path):
   net = compressed(nets.quantized_torch(config("nvfp4"), layers=2))
   tb.save(net, tmp_path / "torch")
