@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from core.calibrate.report import print_calibration_report
 from core.config import DEFAULT_GROUPS, EXPERT_GROUPS, PRESETS, ConfigWarning, QuantizerConfig, choices, preset
 from jax_backend.apply import QuantModule
+from jax_backend.attention import dot_product_attention, quantize_bmm
 from jax_backend.auto_quantize import auto_quantize
 from jax_backend.calibrate import Runner, calibrate, max_calibrate, register_algorithm
 from jax_backend.compress import compress, compression_report, decompress, is_compressed, print_compression_report
@@ -50,6 +51,7 @@ __all__ = [
   "compression_report",
   "decompress",
   "disable_quantizer",
+  "dot_product_attention",
   "enable_quantizer",
   "export",
   "export_onnx",
@@ -65,6 +67,7 @@ __all__ = [
   "print_compression_report",
   "print_quant_summary",
   "quantize",
+  "quantize_bmm",
   "quantizers",
   "register",
   "register_algorithm",

@@ -81,7 +81,7 @@ class Runner:
       fresh = {key: q.with_mode(self._mode) for key, q in _entries(created).items() if key not in known}
       self.quant = tree.build({**known, **fresh})
     for module in found:
-      for name in (INPUT, OUTPUT):
+      for name in (INPUT, *module.operands, OUTPUT):
         self._places.setdefault((module.path, name), len(self._places))
     if self._mode == CALIBRATE:
       self.quant = statistics.seed_all(self.quant, found)

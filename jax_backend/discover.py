@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jax_backend import modules, tree
+from jax_backend import attention, modules, tree
 from jax_backend.layouts import Layout
 from jax_backend.lifted import is_lifted, with_params
 from jax_backend.modules import ModuleKind
@@ -37,6 +37,7 @@ class Found:
     weights: parameter name -> layout.
     input, output: layouts of what the module takes and returns; None where there is no quantizer.
     input_aval, output_aval: their shapes and types inside the module (stacked axes gone); None where no such tensor was seen.
+    operands: of attention: quantizer name -> (layout, shape and type inside the module).
     stack: positions of stacked axes among the axes of a stored parameter.
     sizes: their lengths.
   """
@@ -49,6 +50,7 @@ class Found:
   output: Layout | None = None
   input_aval: Any = None
   output_aval: Any = None
+  operands: dict[str, tuple[Layout, Any]] = dataclasses.field(default_factory=dict)
   stack: tuple[int, ...] = ()
   sizes: tuple[int, ...] = ()
 
@@ -82,16 +84,26 @@ def trace(
   def spy(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
     inner = context.module
     kind = None if inner.scope is None or is_lifted(context) else modules.kind_of(type(inner))
+    if inner.scope is not None and not is_lifted(context):
+      next_fun = attention.seen_through(next_fun, inner, context.method_name)
     y = next_fun(*args, **kwargs)
     if kind is not None and context.method_name in (*kind.methods, *kind.weight_methods) and _is_ours(inner, token):
       _note(found, inner, kind, context.method_name, args, kwargs, y)
-      inner.put_variable("params", RIDER, Rider({"stack": [jnp.zeros(s) for s in _MARKERS]}, (token, tuple(inner.path))))
+      _mark(inner, token)
     return y
+
+  def note(inner: nn.Module, name: str, layout: Layout, x: Any) -> None:
+    if inner.scope is None or not _is_ours(inner, token):
+      return
+    path, kind = tuple(inner.path), modules.kind_of(type(inner)) or ModuleKind()
+    entry = found.setdefault(path, Found(path, kind, modules.parent_classes(kind, inner), {}))
+    entry.operands[name] = (layout, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    _mark(inner, token)
 
   def call(variables: Any, dynamic: Any, rngs: Any) -> Any:
     args, kwargs = join_arrays(dynamic, rest)
     probed = {**variables, "params": _probe(variables.get("params", {}), token)}
-    with nn.intercept_methods(spy):
+    with nn.intercept_methods(spy), attention.noting(note):
       _, updates = module.apply(probed, *args, rngs=rngs, method=method, mutable=with_params(mutable), **kwargs)
     return _markers(updates["params"])
 
@@ -100,6 +112,10 @@ def trace(
     if path in found:
       found[path].stack, found[path].sizes = _stacked(tuple(s.shape for s in shapes))
   return list(found.values())
+
+
+def _mark(module: nn.Module, token: int) -> None:
+  module.put_variable("params", RIDER, Rider({"stack": [jnp.zeros(s) for s in _MARKERS]}, (token, tuple(module.path))))
 
 
 def _is_ours(module: nn.Module, token: int) -> bool:

@@ -60,6 +60,7 @@ def _slots(module: Found) -> list[tuple[str, str | None, Layout]]:
   slots += [(names[param], param, layout) for param, layout in module.weights.items()]
   if module.output is not None:
     slots.append((OUTPUT, None, module.output))
+  slots += [(name, None, layout) for name, (layout, _) in module.operands.items()]
   return slots
 
 

@@ -14,6 +14,7 @@ from flax.core import meta
 
 from core.calibrate.host import PREPARED, TensorVisit, Visit
 from core.calibrate.layer import Change, Layer
+from core.calibrate.padding import tokens_first
 from core.config.schema import QuantizerConfig
 from core.spec import QuantSpec
 from jax_backend import groups, layouts, tree, weights
@@ -292,6 +293,7 @@ class JaxHost(Parameters):
         layout = self._quant[key].layout
         for index, name in places[key].items():
           shown = np.asarray(layouts.to_torch(x[index], layout), np.float32)
+          shown = shown if mask is None else tokens_first(name, shown)
           visit(name, rows_of(shown, mask) if mask is not None and mask.shape == shown.shape[:-1] else shown)
 
     self._loop(Watch(self.qmodule, self._sync(), list(places), PREPARED, tell, self._exclude_padding))

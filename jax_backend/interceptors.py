@@ -8,7 +8,6 @@ the duration of the call (and of `setup`), so that sown collections, rngs, paths
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +18,12 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jax_backend import capture, low_rank, matmul, modules, packed, statistics, taps, tree
+from jax_backend import attention, low_rank, matmul, modules, packed, passing, taps, tree
 from jax_backend.lifted import is_lifted
-from jax_backend.quantizer import CALIBRATE, QUANTIZE, AnyQuantizer
+from jax_backend.quantizer import QUANTIZE, AnyQuantizer
 from jax_backend.tree import RIDER, Rider
 
 INPUT, OUTPUT = "input_quantizer", "output_quantizer"
-RNG = "quantize"  # name of the rng stream that stochastic rounding draws from
 _calls = threading.local()
 
 
@@ -85,6 +83,9 @@ def quantizing(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn
     return next_fun(*args, **kwargs)
   rider: Rider = module.get_variable("params", RIDER)
   kind = modules.kind_of(type(module))
+  next_fun = attention.seen_through(next_fun, module, context.method_name)
+  if kind is None and all(attention.is_bmm(name) for name in rider.quantizers):
+    return next_fun(*args, **kwargs)
   if kind is None:
     raise ValueError(
       f"module {'/'.join(module.path)!r} has quantizers, but its class {type(module).__name__} is not registered; register it with "
@@ -95,7 +96,7 @@ def quantizing(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn
       return next_fun(*args, **kwargs)
     own = {name: tree.board(q) for name, q in rider.quantizers.items()}
     held = {q.param: q for q in own.values() if q.param is not None}
-    weights = {param: _with_key(module, q) for param, q in held.items() if q.leaves[0].packed is None and q.acts}
+    weights = {param: passing.with_key(module, q) for param, q in held.items() if q.leaves[0].packed is None and q.acts}
     made = {param: functools.partial(packed.values, q) for param, q in held.items() if q.leaves[0].packed is not None}
     with shadow_param(module, weights, made):
       if context.method_name not in kind.methods:
@@ -115,41 +116,12 @@ def _call(next_fun: Callable[..., Any], args: Any, kwargs: Any, module: nn.Modul
       if matmul.asks(weights) and into.mode == QUANTIZE:
         product = functools.partial(matmul.dense, module, weights[0].leaves[0], into.leaves[0], jnp.asarray(x))
       elif into.acts:
-        args, kwargs = modules.replace_first(args, kwargs, _pass(module, INPUT, into, jnp.asarray(x)))
+        args, kwargs = modules.replace_first(args, kwargs, passing.through(module, INPUT, into, jnp.asarray(x)))
   y = next_fun(*args, **kwargs) if product is None else product()
   if beside is not None:
     y = y + beside
   if out is not None and isinstance(y, jax.Array):
     taps.show(module, OUTPUT, out, y)
     if out.acts:
-      y = _pass(module, OUTPUT, out, y)
+      y = passing.through(module, OUTPUT, out, y)
   return y
-
-
-def _pass(module: nn.Module, name: str, quantizer: AnyQuantizer, x: Any) -> Any:
-  """x through the quantizer; while calibrating, its statistics go back to where the quantizer rides."""
-  if quantizer.mode == CALIBRATE:
-    try:
-      updated = statistics.collect(quantizer, x)
-    except ValueError as error:
-      raise ValueError(f"quantizer {tree.full_name(tuple(module.path), name)!r}: {error}") from error
-    rider: Rider = module.get_variable("params", RIDER)
-    module.put_variable("params", RIDER, dataclasses.replace(rider, quantizers={**rider.quantizers, name: tree.disembark(updated)}))
-  y = _with_key(module, quantizer)(x)
-  capture.observe(lambda: tree.full_name(tuple(module.path), name), quantizer, x, y)
-  return y
-
-
-def _with_key(module: nn.Module, quantizer: AnyQuantizer) -> Callable[[Any], Any]:
-  """The quantizer, with a key of the rng stream "quantize" where it rounds stochastically."""
-  if not any(q.is_enabled and q.config.spec.rounding == "stochastic" for q in quantizer.leaves):
-    return quantizer
-  if not module.has_rng(RNG):
-    raise ValueError(f'stochastic rounding needs a key: call apply(..., rngs={{"{RNG}": jax.random.key(0)}})')
-
-  def quantize(x: Any) -> Any:
-    words = jax.random.key_data(module.make_rng(RNG)).reshape(-1)[:2]
-    key = jax.lax.bitcast_convert_type(words, jnp.int32)
-    return quantizer(x, (key[0], key[1]))
-
-  return quantize

@@ -26,7 +26,8 @@ class Layout:
 
   Attributes:
     kind: "fixed" (`dims` says it), "same" (the torch order itself), "channels_last" ([batch..., spatial..., C] for torch's [batch..., C,
-      spatial...]) or "flatten" (the axes `axes` are one last axis in torch).
+      spatial...]), "heads" ([batch..., T, heads, D] for torch's [batch..., heads, T, D]) or "flatten" (the axes `axes` are one last axis in
+      torch).
     dims: for "fixed": entry t holds the stored axes of torch axis t.
     spatial: for "channels_last": number of spatial axes; None takes every axis but the first and the last.
     axes: for "flatten": the axes that torch sees as its last one.
@@ -45,6 +46,8 @@ class Layout:
       spatial = max(ndim - 2, 0) if self.spatial is None else min(self.spatial, ndim - 1)
       batch = ndim - 1 - spatial
       return tuple((i,) for i in (*range(batch), ndim - 1, *range(batch, ndim - 1)))
+    if self.kind == "heads" and ndim > 2:
+      return tuple((i,) for i in (*range(ndim - 3), ndim - 2, ndim - 3, ndim - 1))
     if self.kind == "flatten":
       joined = tuple(a % ndim for a in self.axes)
       return (*((i,) for i in range(ndim) if i not in joined), joined)
@@ -53,6 +56,7 @@ class Layout:
 
 SAME = Layout()
 CHANNELS_LAST = Layout("channels_last")
+HEADS = Layout("heads")
 
 
 def fixed(*dims: tuple[int, ...]) -> Layout:

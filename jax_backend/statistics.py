@@ -6,7 +6,7 @@ Only maxima are taken on the device (and, for an affine bias, means); they do no
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ import numpy as np
 import core
 from core import QuantSpec
 from jax_backend import affine, layouts, tree
-from jax_backend.discover import Found
 from jax_backend.quantizer import CALIBRATE, AnyQuantizer, Quantizer, SequentialQuantizer
+
+if TYPE_CHECKING:
+  from jax_backend.discover import Found
 
 
 def collect(quantizer: AnyQuantizer, x: Any) -> AnyQuantizer:
@@ -108,6 +110,7 @@ def seed_all(quant: Mapping[str, Any], found: Iterable[Found]) -> dict[str, Any]
   for module in found:
     seen[module.path, "input_quantizer"] = (module.input_aval, module.sizes)
     seen[module.path, "output_quantizer"] = (module.output_aval, module.sizes)
+    seen |= {(module.path, name): (aval, module.sizes) for name, (_, aval) in module.operands.items()}
   return tree.build({(path, name): _seed(q, *seen.get((path, name), (None, ()))) for path, name, q in tree.items(quant)})
 
 

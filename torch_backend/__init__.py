@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.calibrate.report import print_calibration_report
 from core.config import DEFAULT_GROUPS, EXPERT_GROUPS, PRESETS, ConfigWarning, QuantizerConfig, choices, preset
+from torch_backend.attention import quantize_bmm, register_attention
 from torch_backend.auto_quantize import auto_quantize
 from torch_backend.calibrate import calibrate, max_calibrate, register_algorithm
 from torch_backend.compress import compress, compression_report, decompress, is_compressed, print_compression_report
@@ -67,9 +68,11 @@ __all__ = [
   "print_compression_report",
   "print_quant_summary",
   "quantize",
+  "quantize_bmm",
   "quantizers",
   "register",
   "register_algorithm",
+  "register_attention",
   "restore",
   "save",
   "set_quantizer_by_cfg",

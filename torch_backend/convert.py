@@ -105,7 +105,7 @@ def _can_hold(module: nn.Module, name: str) -> bool:
 
 def _settle(module: nn.Module) -> None:
   """Quantizers of a new quantized module: on its device, in its mode, off until a rule says otherwise."""
-  device = next((p.device for p in module.parameters(recurse=False)), torch.device("cpu"))
+  device = next((p.device for p in module.parameters()), torch.device("cpu"))
   for child in module.children():
     if not isinstance(child, QuantModule) and child in quantizers(module).values():
       child.to(device)

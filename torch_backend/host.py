@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from core.calibrate.host import PREPARED, TensorVisit, Visit
 from core.calibrate.layer import Change, Layer
+from core.calibrate.padding import tokens_first
 from core.config import ConfigWarning
 from core.config.schema import QuantizerConfig
 from core.spec import QuantSpec
@@ -204,7 +205,8 @@ class TorchHost(Parameters):
       def tell(name: str) -> Callable[..., None]:
         def hook(quantizer: TensorQuantizer, inputs: tuple[Tensor, ...]) -> None:
           if inputs[0].numel():
-            visit(name, array_of(without_padding(quantizer.scaled(inputs[0]), mask())))
+            x, left_out = quantizer.scaled(inputs[0]), mask()
+            visit(name, array_of(x if left_out is None else without_padding(tokens_first(name, x), left_out)))
 
         return hook
 

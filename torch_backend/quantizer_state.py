@@ -101,6 +101,11 @@ class QuantizerState(nn.Module):
     return self._quantizing
 
   @property
+  def acts(self) -> bool:
+    """Whether a call changes its input at all (a rotation acts while the quantizer is off)."""
+    return not self._passes
+
+  @property
   def is_pass_through(self) -> bool:
     """Whether the gradient of a call is the identity, whatever the values."""
     return self.config.pass_through_bwd and not self._transforms

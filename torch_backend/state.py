@@ -214,7 +214,7 @@ def _dtype_name(name: str, held: torch.Tensor) -> str:
 def _set_quantizer(name: str, quantizer: Any, parent: nn.Module, leaves: tuple[Leaf, ...]) -> None:
   enable = any(leaf.mode in ("quantize", "pass") for leaf in leaves)
   made = edit._set(parent, name, quantizer, Resolved(tuple(leaf.config for leaf in leaves), enable))
-  device = next((p.device for p in parent.parameters(recurse=False)), torch.device("cpu"))
+  device = next((p.device for p in parent.parameters()), torch.device("cpu"))
   for one, leaf in zip(tensor_quantizers(made), leaves, strict=True):
     one.reset_amax()
     one.group, one.own_tensor_amax = leaf.group, leaf.own_tensor_amax

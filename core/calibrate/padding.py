@@ -34,6 +34,20 @@ def mask_argument(function: Callable[..., Any], args: Sequence[Any], kwargs: Map
   return mask if getattr(mask, "ndim", 0) == 2 else None
 
 
+def tokens_first(name: str, x: Any) -> Any:
+  """A tensor [B, heads, T, D] at a quantizer of an attention's queries, keys or values as [B, T, heads D], the form that a mask [B, T]
+  fits; any other as it is.
+
+  Args:
+    name: of the quantizer.
+    x: numpy array or tensor.
+  """
+  if name.rpartition(".")[2] not in ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer") or x.ndim != 4:
+    return x
+  batch, heads, tokens, size = x.shape
+  return x.swapaxes(1, 2).reshape(batch, tokens, heads * size)
+
+
 def max_without_padding(host: Host) -> None:
   """Max calibration of the activations once more, over the tokens that are no padding; weights and what siblings share stay in step.
 

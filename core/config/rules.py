@@ -113,7 +113,8 @@ def check_effect(entries: Iterable[Entry], names_with_classes: Names, stacklevel
   if attention:
     notes.append(
       f"patterns {', '.join(map(repr, attention))} name quantizers inside attention (key/value cache, bmm, softmax); "
-      "no module here has such quantizers, attention quantizers are not available yet, so these patterns have no effect"
+      "no module here has such quantizers, so these patterns have no effect; attention modules of transformers, nn.MultiheadAttention, "
+      "nn.MultiHeadDotProductAttention and modules that call quantize_bmm have q, k, v and p_bmm_quantizer"
     )
   others = [label for label in missing if label not in attention]
   if others:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.models.configs import BertConfig
+from jax_backend.attention import quantize_bmm
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -66,11 +67,11 @@ class SelfAttention(nn.Module):
   def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
     c = self.config
     shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-    q, k, v = (_dense(c.hidden_size, name, self.dtype)(x).reshape(shape) for name in ("query", "key", "value"))
+    q, k, v = (quantize_bmm(self, n[0], _dense(c.hidden_size, n, self.dtype)(x).reshape(shape)) for n in ("query", "key", "value"))
     scores = jnp.einsum("bthd,bshd->bhts", q, k, precision=_HIGHEST) * shape[-1] ** -0.5
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+    weights = quantize_bmm(self, "p", jax.nn.softmax(scores, axis=-1).astype(self.dtype))
     return jnp.einsum("bhts,bshd->bthd", weights, v, precision=_HIGHEST).reshape(x.shape)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from experiments.models import rope
 from experiments.models.configs import LlamaConfig
+from jax_backend.attention import quantize_bmm
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -65,13 +66,14 @@ class Attention(nn.Module):
     k = _dense(groups * c.head_dim, "k_proj", self.dtype, c.attention_bias)(x)
     v = _dense(groups * c.head_dim, "v_proj", self.dtype, c.attention_bias)(x)
     # The scale goes onto the queries: there are fewer of them than scores, and for head sizes 64 and 256 it is a power of two.
-    q = rotate(q.reshape(batch, tokens, -1, c.head_dim), cos, sin) * c.head_dim**-0.5
+    q = quantize_bmm(self, "q", rotate(q.reshape(batch, tokens, -1, c.head_dim), cos, sin)) * c.head_dim**-0.5
     q = q.reshape(batch, tokens, groups, shared, c.head_dim)
-    k = rotate(k.reshape(batch, tokens, groups, c.head_dim), cos, sin)
-    v = v.reshape(batch, tokens, groups, c.head_dim)
+    k = quantize_bmm(self, "k", rotate(k.reshape(batch, tokens, groups, c.head_dim), cos, sin))
+    v = quantize_bmm(self, "v", v.reshape(batch, tokens, groups, c.head_dim))
     scores = jnp.einsum("btgrd,bsgd->bgrts", q, k, precision=_HIGHEST)
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(at_least_float32(scores), axis=-1).astype(self.dtype)
+    weights = quantize_bmm(self, "p", weights.reshape(batch, -1, tokens, tokens)).reshape(weights.shape)
     y = jnp.einsum("bgrts,bsgd->btgrd", weights, v, precision=_HIGHEST)
     return _dense(c.hidden_size, "o_proj", self.dtype, c.attention_bias)(y.reshape(batch, tokens, -1))
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from experiments.models import rope
 from experiments.models.configs import LlamaConfig
+from torch_backend.attention import quantize_bmm, register_attention
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -57,15 +58,19 @@ class Attention(nn.Module):
     groups, shared = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
     q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
     # The scale goes onto the queries: there are fewer of them than scores, and for head sizes 64 and 256 it is a power of two.
-    q = rotate(q.reshape(batch, tokens, -1, c.head_dim), cos, sin) * c.head_dim**-0.5
+    q = quantize_bmm(self, "q", rotate(q.reshape(batch, tokens, -1, c.head_dim), cos, sin), "bthd") * c.head_dim**-0.5
     q = q.reshape(batch, tokens, groups, shared, c.head_dim)
-    k = rotate(k.reshape(batch, tokens, groups, c.head_dim), cos, sin)
-    v = v.reshape(batch, tokens, groups, c.head_dim)
+    k = quantize_bmm(self, "k", rotate(k.reshape(batch, tokens, groups, c.head_dim), cos, sin), "bthd")
+    v = quantize_bmm(self, "v", v.reshape(batch, tokens, groups, c.head_dim), "bthd")
     scores = torch.einsum("btgrd,bsgd->bgrts", q, k)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(at_least_float32(scores), dim=-1).to(x.dtype)
+    weights = quantize_bmm(self, "p", weights.reshape(batch, -1, tokens, tokens)).reshape(weights.shape)
     y = torch.einsum("bgrts,bsgd->btgrd", weights, v)
     return self.o_proj(y.reshape(batch, tokens, -1))
+
+
+register_attention(Attention)
 
 
 class MLP(nn.Module):

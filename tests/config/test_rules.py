@@ -325,12 +325,12 @@ def test_weights_asked_for_but_off_raises():
   assert check_effect(taken_back, NAMES)["fc1.input_quantizer"].enable
 
 
-def test_key_value_cache_fragments_say_that_attention_is_not_there():
+def test_key_value_cache_fragments_say_when_no_attention_is_there():
   merged = config.update_quant_cfg_with_kv_cache_quant(INT8_DEFAULT_CFG, config.FP8_KV_CFG)
-  with pytest.warns(ConfigWarning, match=r"'\*\[kv\]_bmm_quantizer' name quantizers inside attention.*not available yet.*no effect"):
+  with pytest.warns(ConfigWarning, match=r"'\*\[kv\]_bmm_quantizer' name quantizers inside attention.*no module here has such.*no effect"):
     check_effect(normalize(merged).entries, NAMES)
   for name in config.KV_PRESETS:
-    with pytest.raises(ValueError, match=r"quantizes nothing.*attention quantizers are not available yet"):
+    with pytest.raises(ValueError, match=r"quantizes nothing.*name quantizers inside attention.*no module here has such"):
       check_effect(normalize(name).entries, NAMES)
   assert check_effect(normalize("FP8_KV_CFG").entries, {**NAMES, "attn.k_bmm_quantizer": ("Attention",)})["attn.k_bmm_quantizer"].enable
 

@@ -7,10 +7,12 @@ import sys
 
 from torch import nn
 
+from torch_backend.modules.attention import QuantTransformersAttention, is_transformers_attention
 from torch_backend.modules.base import QuantModule
 from torch_backend.modules.layers import LAYERS, InOutWeight
+from torch_backend.modules.multihead import QuantMultiheadAttention
 
-_LAYERS: dict[type[nn.Module], type[nn.Module]] = {layer.__mro__[layer.__mro__.index(QuantModule) + 1]: layer for layer in LAYERS}
+_LAYERS: dict[type[nn.Module], type[nn.Module]] = {layer.__mro__[layer.__mro__.index(QuantModule) + 1]: layer for layer in (*LAYERS, QuantMultiheadAttention)}
 _REGISTERED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -62,7 +64,7 @@ def quantized_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     target = _REGISTERED.get(base) or _LAYERS.get(base) or _loaded(base)
     if target is not None:
       return _derived(cls, target)
-  return None
+  return _derived(cls, QuantTransformersAttention) if is_transformers_attention(cls) else None
 
 
 def original_class(cls: type[nn.Module]) -> type[nn.Module]:
