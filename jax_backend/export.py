@@ -91,14 +91,20 @@ class ExportHost(JaxHost):
     found: dict[str, tuple[Stage, ...]] = {}
     for (path, role), quantizer in self._quant.items():
       if quantizer.param is None and quantizer.is_enabled:
-        for module, index in self._copies(path):
+        for module, index in self._copies(path, quantizer):
           found[f"{module}.{role}" if module else role] = _stages(quantizer, index)
     return {name: stages for name, stages in found.items() if stages}
 
-  def _copies(self, path: tree.Path) -> list[tuple[str, tuple[int, ...]]]:
+  def _copies(self, path: tree.Path, quantizer: AnyQuantizer) -> list[tuple[str, tuple[int, ...]]]:
     """(name, index) of every copy of a module: one, or those of a stack."""
     found = [(name, place.index) for name, place in self.places.items() if place.path == path]
-    return found or [(tree.full_name(path[:-1], path[-1]) if path else "", ())]
+    if found:
+      return found
+    # A module without a weight of its own, such as attention: how often it is stacked shows in what was calibrated.
+    first = quantizer.leaves[0]
+    sizes = () if first.amax is None else first.amax.shape[: len(first.stack)]
+    name = tree.full_name(path[:-1], path[-1]) if path else ""
+    return [(f"{name}[{','.join(map(str, index))}]" if index else name, index) for index in np.ndindex(sizes)]
 
   def folded(self) -> list[str]:
     return [n for n, place in self.places.items() if any(q.is_folded for q in self._quant[place.path, WEIGHT].leaves)]

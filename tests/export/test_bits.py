@@ -34,6 +34,7 @@ REFUSED = {
     "W4A8_MXFP4_FP8_CFG": "not calibrated",
     "W4A8_NVFP4_FP8_CFG": "blocks of 16",
     "NVFP4_MLP_WEIGHT_ONLY_CFG": "blocks of 16",
+    "NVFP4_FP8_MHA_CONFIG": r"no place for the quantizers .*q_bmm_quantizer",
   },
   MODELOPT: {
     "MXFP6_DEFAULT_CFG": "MXFP6-E3M2",

@@ -99,7 +99,7 @@ def test_summary_as_text_data_and_file(tmp_path, capsys):
   rows = tb.print_quant_summary(model, tmp_path)
   text = capsys.readouterr().out
   assert text == (tmp_path / "quant_summary.txt").read_text()
-  assert len(rows) == 48 and "48 quantizers, 28 enabled" in text and "dB SQNR" in text
+  assert len(rows) == 56 and "56 quantizers, 28 enabled" in text and "dB SQNR" in text
   assert json.loads(json.dumps(rows))[0]["name"] == rows[0]["name"]
   row = next(r for r in rows if r["name"] == "model.layers.0.self_attn.k_proj.weight_quantizer")
   assert row["format"] == "E4M3 per tensor" and row["state"] == "calibrated"
