@@ -1,7 +1,7 @@
 """Quantizers inside attention: `<module>.q_bmm_quantizer`, `k_bmm_quantizer`, `v_bmm_quantizer` and `p_bmm_quantizer`.
 
-transformers' attention modules and nn.MultiheadAttention get them by themselves. A class of your own gets them through `register_attention`:
-it calls `quantize_bmm` on its operands, or calls torch's `scaled_dot_product_attention` and stays as it is.
+transformers' attention modules and nn.MultiheadAttention get them by themselves. A class of your own gets them through
+`register_attention`: it calls `quantize_bmm` on its operands, or calls torch's `scaled_dot_product_attention` and stays as it is.
 """
 
 from __future__ import annotations

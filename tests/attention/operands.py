@@ -45,13 +45,13 @@ class Around(flax.linen.Module):
     return JaxOperands(name="attn")(q, k, v)
 
 
-def torch_model() -> nn.Module:
+def torch_model() -> Any:
   return nn.ModuleDict({"attn": TorchOperands()})
 
 
-def on_torch(config: dict[str, Any], batches: list[tuple[np.ndarray, ...]]) -> nn.Module:
-  model = torch_model()
-  return torch_backend.quantize(model, config, lambda m: [m["attn"](*map(torch.from_numpy, batch)) for batch in batches])
+def on_torch(config: dict[str, Any], batches: list[tuple[np.ndarray, ...]]) -> Any:
+  model: Any = torch_model()
+  return torch_backend.quantize(model, config, lambda m: [model["attn"](*map(torch.from_numpy, batch)) for batch in batches])
 
 
 def on_jax(config: dict[str, Any], batches: list[tuple[np.ndarray, ...]]) -> tuple[Any, Any]:

@@ -38,7 +38,7 @@ def _config(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", FORMATS)
 def test_operands_are_bit_identical(name: str) -> None:
   batches = [operands.inputs(0), operands.inputs(1, offset=-0.5)]
-  model = operands.on_torch(_config(name), batches)
+  model: Any = operands.on_torch(_config(name), batches)
   qmodule, qvariables = operands.on_jax(_config(name), batches)
   ours, theirs = torch_backend.quantizers(model), jax_backend.quantizers(qvariables)
   assert list(theirs) == [f"attn.{role}_bmm_quantizer" for role in "qkv"] and set(theirs) < set(ours)
@@ -58,7 +58,7 @@ def test_operands_are_bit_identical(name: str) -> None:
 
 def test_bias_is_one_value_per_head_and_channel() -> None:
   batch = operands.inputs()
-  model = operands.on_torch(_config("FP8_AFFINE_KV_CFG"), [batch])
+  model: Any = operands.on_torch(_config("FP8_AFFINE_KV_CFG"), [batch])
   bias = torch_backend.quantizers(model)["attn.v_bmm_quantizer"].bias_value
   assert bias is not None and bias.shape == (1, 3, 1, 32)
   # A float64 mean in numpy's order; the bias is a float32 sum in a fixed order of 14 terms, each rounded to 2^-24.
@@ -71,7 +71,7 @@ def test_each_operand_has_its_own_quantizer() -> None:
     rules = {"default": operands.OFF, f"*{role}_bmm_quantizer": {"num_bits": (4, 3)}}
     wanted = [x.tobytes() for x in batch]
     wanted[position] = core.fake_quantize(plain, core.QuantSpec.named("fp8_e4m3"), np.abs(plain).max()).tobytes()
-    model = operands.on_torch({"quant_cfg": rules, "algorithm": "max"}, [batch])
+    model: Any = operands.on_torch({"quant_cfg": rules, "algorithm": "max"}, [batch])
     assert [y.numpy().tobytes() for y in model["attn"](*map(torch.from_numpy, batch))] == wanted
     qmodule, qvariables = operands.on_jax({"quant_cfg": rules, "algorithm": "max"}, [batch])
     assert [np.asarray(y).tobytes() for y in qmodule.apply(qvariables, *batch)] == wanted
@@ -119,14 +119,14 @@ def test_padding_is_left_out(llama: Path) -> None:
   rules = {"default": operands.OFF, "*[kv]_bmm_quantizer": {"num_bits": (4, 3)}}
   made = {"quant_cfg": rules, "algorithm": {"method": "max", "exclude_padding": True}}
   seen: dict[str, torch.Tensor] = {}
-  model = models.load_torch(llama)[0]
+  model: Any = models.load_torch(llama)[0]
   torch_backend.quantize(model, made, lambda m: m(torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(mask)))
   module, variables, _ = models.load_jax(llama)
   _, qvariables = jax_backend.quantize(module, variables, made, lambda m: m(ids, attention_mask=mask))
-  quantizers = torch_backend.quantizers(model)
-  handles = [q.register_forward_pre_hook(lambda q, x: seen.update({q.name: x[0]})) for n, q in quantizers.items() if "bmm" in n]
+  quantizers: dict[str, Any] = dict(torch_backend.quantizers(model))
+  handles = [q.register_forward_pre_hook(lambda q, x: seen.update({str(q.name): x[0]})) for n, q in quantizers.items() if "bmm" in n]
   for quantizer in quantizers.values():
-    quantizer.disable_quant()  # type: ignore[union-attr]
+    quantizer.disable_quant()
   with torch.no_grad():
     model(torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(mask))
   assert handles and len(seen) == 6

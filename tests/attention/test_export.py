@@ -21,7 +21,7 @@ from tests.experiments import tiny
 from tests.export import clients
 
 IDS = tiny.tokens(2, 12)
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 CT, MODELOPT = "compressed-tensors", "modelopt"
 
 

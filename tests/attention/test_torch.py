@@ -37,19 +37,29 @@ def llama(implementation: str = "sdpa") -> Any:
 
   sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
   made = transformers.LlamaConfig(
-    **sizes, num_key_value_heads=2, head_dim=16, initializer_range=0.3, attn_implementation=implementation, max_position_embeddings=64, eos_token_id=None
+    **sizes,
+    num_key_value_heads=2,
+    head_dim=16,
+    initializer_range=0.3,
+    max_position_embeddings=64,
+    eos_token_id=None,
   )
+  made._attn_implementation = implementation
   torch.manual_seed(0)
   return transformers.LlamaForCausalLM(made).eval()
 
 
-def shown(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def shown(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
   """(input, output) of every bmm quantizer in the calls to come."""
   found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
   for name, quantizer in torch_backend.quantizers(model).items():
     if name.endswith("bmm_quantizer"):
       quantizer.register_forward_hook(lambda q, x, y, name=name: found.update({name.rpartition(".")[2][0]: (x[0], y)}))
   return found
+
+
+def _held(model: nn.Module) -> list[Any]:
+  return list(torch_backend.quantizers(model).values())
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -104,7 +114,9 @@ def test_probabilities_are_refused_where_they_cannot_be_seen() -> None:
   model = llama()
   torch_backend.quantize(model, config(WITH_P), lambda m: m(IDS))
   model.set_attn_implementation("flex_attention")
-  with pytest.raises(ValueError, match=r"self_attn.p_bmm_quantizer' cannot quantize probabilities with attn_implementation='flex_attention'"):
+  with pytest.raises(
+    ValueError, match=r"self_attn.p_bmm_quantizer' cannot quantize probabilities with attn_implementation='flex_attention'"
+  ):
     model.model.layers[0].self_attn(torch.zeros(1, 3, 32), position_embeddings=(torch.ones(1, 3, 16), torch.zeros(1, 3, 16)))
 
 
@@ -113,7 +125,9 @@ def test_probabilities_are_refused_where_they_cannot_be_seen() -> None:
 def test_a_cache_gives_what_a_full_pass_gives(name: str) -> None:
   """A token is rounded to the same codes whether it comes first or stands in the cache."""
   model = llama()
-  merged = update_quant_cfg_with_kv_cache_quant({"quant_cfg": {"default": OFF}, "algorithm": "max"}, torch_backend.preset(name)["quant_cfg"])
+  merged = update_quant_cfg_with_kv_cache_quant(
+    {"quant_cfg": {"default": OFF}, "algorithm": "max"}, torch_backend.preset(name)["quant_cfg"]
+  )
   torch_backend.quantize(model, merged, lambda m: m(IDS))
   full = model(IDS).logits
   start = model(IDS[:, :8], use_cache=True)
@@ -161,7 +175,8 @@ def test_unmodified_module_that_calls_sdpa(rules: dict[str, Any]) -> None:
   torch.manual_seed(0)
   torch_backend.register_attention(Sdpa, sdpa=True)
   try:
-    model, x = nn.Sequential(Sdpa()), torch.randn(2, 5, 32)
+    x = torch.randn(2, 5, 32)
+    model: Any = nn.Sequential(Sdpa())
     torch_backend.quantize(model, config(rules), lambda m: m(x))
   finally:
     torch_backend.unregister(Sdpa)
@@ -181,7 +196,7 @@ def test_unmodified_module_that_calls_sdpa(rules: dict[str, Any]) -> None:
 def test_multihead_attention(options: dict[str, Any]) -> None:
   """With quantizers that let everything pass it is torch's own layer, masks and weights included; then it is not."""
   torch.manual_seed(0)
-  model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, **options)}).eval()
+  model: Any = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, **options)}).eval()
   float_model = copy.deepcopy(model)
   q, k, v = torch.randn(5, 3, 8), torch.randn(5, 3, options.get("kdim", 8)), torch.randn(5, 3, options.get("vdim", 8))
   tokens = 3 if options.get("batch_first") else 5
@@ -191,9 +206,9 @@ def test_multihead_attention(options: dict[str, Any]) -> None:
   calls = [{}, {"need_weights": False}, {"attn_mask": mask}, {"key_padding_mask": padding, "average_attn_weights": False}]
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", ConfigWarning)
-    torch_backend.quantize(model, config({"default": OFF, "*bmm_quantizer": {"num_bits": 8}}), lambda m: m["attn"](q, k, v))
-  for quantizer in torch_backend.quantizers(model).values():
-    quantizer.disable_quant()  # type: ignore[union-attr]
+    torch_backend.quantize(model, config({"default": OFF, "*bmm_quantizer": {"num_bits": 8}}), lambda m: model["attn"](q, k, v))
+  for quantizer in _held(model):
+    quantizer.disable_quant()
   for call in calls:
     got, wanted = model["attn"](q, k, v, **call), float_model["attn"](q, k, v, **call)
     for a, b in zip(got, wanted, strict=True):
@@ -201,8 +216,8 @@ def test_multihead_attention(options: dict[str, Any]) -> None:
       if a is not None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # float32 sums of 8 products in another order
   found = shown(model)
-  for quantizer in torch_backend.quantizers(model).values():
-    quantizer.enable_quant()  # type: ignore[union-attr]
+  for quantizer in _held(model):
+    quantizer.enable_quant()
   torch_backend.set_quantizer_by_cfg(model, {key: value for key, value in WITH_P.items() if key != "default"})
   assert not torch.equal(model["attn"](q, k, v)[0], float_model["attn"](q, k, v)[0]) and sorted(found) == ["k", "p", "q", "v"]
   torch_backend.disable_quantizer(model, "*")
@@ -210,11 +225,11 @@ def test_multihead_attention(options: dict[str, Any]) -> None:
 
 
 def test_multihead_attention_refusals() -> None:
-  model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, add_zero_attn=True)})
+  model: Any = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, add_zero_attn=True)})
   x = torch.randn(2, 3, 8)
   with warnings.catch_warnings(), pytest.raises(ValueError, match="add_bias_kv or add_zero_attn has no quantized form"):
     warnings.simplefilter("ignore", ConfigWarning)
-    torch_backend.quantize(model, config(DIFFERENT), lambda m: m["attn"](x, x, x))
+    torch_backend.quantize(model, config(DIFFERENT), lambda m: model["attn"](x, x, x))
 
 
 def test_gradients_pass() -> None:
@@ -228,7 +243,8 @@ def test_gradients_pass() -> None:
 def test_a_row_that_sees_nothing_stays_finite() -> None:
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", ConfigWarning)
-    module = torch_backend.quantize(nn.Sequential(nn.MultiheadAttention(8, 2)), config(WITH_P))[0]
+    model: Any = torch_backend.quantize(nn.Sequential(nn.MultiheadAttention(8, 2)), config(WITH_P))
+  module = model[0]
   x = torch.randn(1, 2, 3, 4)
   y, p = explicit(module, x, x, x, torch.zeros(3, 3, dtype=torch.bool))
   assert bool(torch.isfinite(y).all()) and bool(torch.isfinite(p).all())

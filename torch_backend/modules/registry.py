@@ -12,7 +12,9 @@ from torch_backend.modules.base import QuantModule
 from torch_backend.modules.layers import LAYERS, InOutWeight
 from torch_backend.modules.multihead import QuantMultiheadAttention
 
-_LAYERS: dict[type[nn.Module], type[nn.Module]] = {layer.__mro__[layer.__mro__.index(QuantModule) + 1]: layer for layer in (*LAYERS, QuantMultiheadAttention)}
+_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+  layer.__mro__[layer.__mro__.index(QuantModule) + 1]: layer for layer in (*LAYERS, QuantMultiheadAttention)
+}
 _REGISTERED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
