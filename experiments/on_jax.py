@@ -18,6 +18,7 @@ from core.config.matching import canonical_name
 from experiments import models
 from experiments.quantities import Codes, Leaf, Weight
 from jax_backend import layouts, tree, weights
+from jax_backend.attention import is_bmm
 from jax_backend.capture import observing
 
 
@@ -160,7 +161,12 @@ class Quantized(Model):
 
   def run(self, ids: np.ndarray, on_quantizer: Callable[..., None], on_layer: Callable[[str, Any], None]) -> np.ndarray:
     """Run one batch, operation by operation; arguments as in `on_torch.Quantized.run`."""
-    layers = {name.rpartition(".")[0] for name in self.quantizers()}
+    layers = {name.rpartition(".")[0] for name in self.quantizers() if not is_bmm(name)}
+
+    def told(name: str, quantizer: Any, x: Any, y: Any) -> None:
+      if is_bmm(name):  # [B, T, heads, D] here, [B, heads, T, D] in torch
+        x, y = (layouts.to_torch(value, quantizer.layout) for value in (x, y))
+      on_quantizer(name, quantizer, x, y)
 
     def watch(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
       output = next_fun(*args, **kwargs)
@@ -169,7 +175,7 @@ class Quantized(Model):
         on_layer(name, output)
       return output
 
-    with nn.intercept_methods(watch), observing(on_quantizer):
+    with nn.intercept_methods(watch), observing(told):
       return np.asarray(_result(self.module.apply(self.variables, jnp.asarray(ids))))
 
 

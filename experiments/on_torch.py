@@ -17,7 +17,7 @@ from core import hadamard
 from experiments import models
 from experiments.quantities import Codes, Leaf, Weight
 from torch_backend.capture import observing
-from torch_backend.modules import QuantModule, QuantWeight
+from torch_backend.modules import QuantAttention, QuantModule, QuantWeight
 from torch_backend.sequential import tensor_quantizers
 
 
@@ -160,7 +160,7 @@ class Quantized(Model):
     """
     handles = []
     for name, module in self.model.named_modules():
-      if isinstance(module, QuantModule):
+      if isinstance(module, QuantModule) and not isinstance(module, QuantAttention):  # attention is no layer of its own
         handles.append(module.register_forward_hook(lambda _, __, output, name=name: on_layer(name, output)))
     try:
       with observing(self.model, on_quantizer):

@@ -32,7 +32,7 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
   handles = []
   try:
     for name, quantizer, _ in walk(model):
-      if quantizer.is_enabled and name.rpartition(".")[2] in ("input_quantizer", "output_quantizer"):
+      if quantizer.is_enabled and name.endswith(("input_quantizer", "output_quantizer", "_bmm_quantizer")):
         handles.append(quantizer.register_forward_hook(hook(name)))
     yield
   finally:

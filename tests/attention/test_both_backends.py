@@ -16,7 +16,7 @@ import jax_backend
 import torch_backend
 from core import config
 from core.config import ConfigWarning
-from experiments import models
+from experiments import compare_backends, models
 from tests.attention import operands
 from tests.experiments import tiny
 
@@ -59,7 +59,7 @@ def test_operands_are_bit_identical(name: str) -> None:
 def test_bias_is_one_value_per_head_and_channel() -> None:
   batch = operands.inputs()
   model: Any = operands.on_torch(_config("FP8_AFFINE_KV_CFG"), [batch])
-  bias = torch_backend.quantizers(model)["attn.v_bmm_quantizer"].bias_value
+  bias: Any = model["attn"].v_bmm_quantizer.bias_value
   assert bias is not None and bias.shape == (1, 3, 1, 32)
   # A float64 mean in numpy's order; the bias is a float32 sum in a fixed order of 14 terms, each rounded to 2^-24.
   np.testing.assert_allclose(bias.numpy()[0, :, 0], batch[2].astype(np.float64).mean((0, 1)), rtol=14 * 2**-24, atol=1e-7)
@@ -82,7 +82,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
   return tiny.llama_folder(tmp_path_factory.mktemp("llama") / "model", head_dim=16)
 
 
-@pytest.mark.parametrize("name", ["FP8_AFFINE_KV_CFG", "NVFP4_FP8_MHA_CONFIG"])
+@pytest.mark.parametrize("name", ["FP8_AFFINE_KV_CFG", pytest.param("NVFP4_FP8_MHA_CONFIG", marks=pytest.mark.slow)])
 def test_llama_in_three_forms(llama: Path, name: str) -> None:
   """transformers, the plain torch twin and Flax: the same names, and logits as close as sums in other orders are."""
   ids = tiny.tokens(2, 9)
@@ -135,3 +135,20 @@ def test_padding_is_left_out(llama: Path) -> None:
     kept = seen[name].transpose(1, 2)[torch.from_numpy(mask).bool()]
     assert float(quantizers[name].amax) == float(kept.abs().max())
     np.testing.assert_allclose(float(jax_backend.quantizers(qvariables)[name].amax), float(kept.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_compare_backends_sees_the_cache(llama: Path, tmp_path: Path) -> None:
+  """The experiment compares the codes of keys and values too, axis for axis."""
+  merged = config.update_quant_cfg_with_kv_cache_quant(config.preset("INT8_DEFAULT_CFG"), config.preset("NVFP4_KV_CFG"))
+  config.save_config(merged, tmp_path / "cache.json")
+  (tmp_path / "text.txt").write_text(" ".join(f"w{i % tiny.VOCABULARY}" for i in range(300)))
+  sizes = {"tokens": 24, "window_tokens": 12, "calib_samples": 2, "calib_tokens": 12, "carrier": "float64"}
+  document = compare_backends.run(
+    compare_backends.Options(
+      model=str(llama), text_file=str(tmp_path / "text.txt"), config=(str(tmp_path / "cache.json"),), out="", **sizes
+    )
+  )
+  rows = {row["name"]: row for row in document["results"][0]["rows"]}
+  assert document["passed"] and document["activation_codes_differing"] == 0
+  assert rows["model.layers.1.self_attn.k_bmm_quantizer"]["codes_compared"] == 24 * 2 * 16

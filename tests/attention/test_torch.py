@@ -35,7 +35,7 @@ def config(rules: dict[str, Any]) -> dict[str, Any]:
 def llama(implementation: str = "sdpa") -> Any:
   import transformers
 
-  sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+  sizes: dict[str, Any] = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
   made = transformers.LlamaConfig(
     **sizes,
     num_key_value_heads=2,

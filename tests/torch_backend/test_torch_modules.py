@@ -301,11 +301,13 @@ def test_inference_mode():
     assert torch.equal(first, model(x))
 
 
-def test_multi_head_attention_is_named_and_left_alone():
+def test_projections_of_multi_head_attention_are_named_and_left_alone():
   attention = nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2), "fc": nn.Linear(16, 16)})
   with pytest.warns(tb.ConfigWarning, match=r"MultiheadAttention.*unquantized: attn"):
     tb.quantize(attention, tb.INT8_WEIGHT_ONLY_CFG)
-  assert set(tb.quantizers(attention)) == {"fc.input_quantizer", "fc.weight_quantizer", "fc.output_quantizer"}
+  operands = {f"attn.{role}_bmm_quantizer" for role in "qkvp"}
+  assert set(tb.quantizers(attention)) == {"fc.input_quantizer", "fc.weight_quantizer", "fc.output_quantizer"} | operands
+  assert not any(tb.quantizers(attention)[name].is_enabled for name in operands)
 
 
 def test_integer_weights_are_named_and_left_alone():

@@ -43,6 +43,7 @@ def test_names_follow_the_modules():
   linears = [name for name, m in LLAMA.named_modules() if isinstance(m, nn.Linear)]
   assert len(linears) == 15
   expected = {f"{n}.{q}" for n in [*linears, "model.embed_tokens"] for q in ("input_quantizer", "weight_quantizer", "output_quantizer")}
+  expected |= {f"model.layers.{layer}.self_attn.{role}_bmm_quantizer" for layer in range(2) for role in "qkvp"}
   assert set(names) == expected
   enabled = {name for name, q in names.items() if q.is_enabled}
   assert len(enabled) == 28 and not any("lm_head" in n or "embed" in n or "output" in n for n in enabled)
