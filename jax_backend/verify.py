@@ -56,8 +56,8 @@ def verify(
     ValueError: the variables are not quantized, an unknown client, or a damaged artefact: names the file.
     FileNotFoundError: there is no such artefact.
   """
-  simulation = Simulation(qmodule, qvariables)
-  return core_verify.verify(simulation, artefact, clients, prompts, tolerance, tokenizer, vllm_python, vllm_dtype)
+  options = {"tolerance": tolerance, "tokenizer": tokenizer, "vllm_python": vllm_python, "vllm_dtype": vllm_dtype}
+  return core_verify.verify(Simulation(qmodule, qvariables), artefact, clients, prompts, **options)
 
 
 def verify_controls(
@@ -66,14 +66,10 @@ def verify_controls(
   artefact: str | Path,
   clients: Sequence[str] = ("numpy", "transformers"),
   prompts: Any = None,
-  tolerance: float | None = None,
-  tokenizer: Any = None,
-  vllm_python: str | None = None,
-  vllm_dtype: str = "float32",
+  **options: Any,
 ) -> Controls:
   """The same on copies of the artefact with one fault each: which client catches which. Arguments and errors as `verify`."""
-  simulation = Simulation(qmodule, qvariables)
-  return core_verify.controls(simulation, artefact, clients, prompts, tolerance, tokenizer, vllm_python, vllm_dtype)
+  return core_verify.controls(Simulation(qmodule, qvariables), artefact, clients, prompts, **options)
 
 
 class Simulation:

@@ -53,21 +53,15 @@ def verify(
     ValueError: the model is not quantized or is in training mode, an unknown client, or a damaged artefact: names the file.
     FileNotFoundError: there is no such artefact.
   """
-  return core_verify.verify(Simulation(model), artefact, clients, prompts, tolerance, tokenizer, vllm_python, vllm_dtype)
+  options = {"tolerance": tolerance, "tokenizer": tokenizer, "vllm_python": vllm_python, "vllm_dtype": vllm_dtype}
+  return core_verify.verify(Simulation(model), artefact, clients, prompts, **options)
 
 
 def verify_controls(
-  model: nn.Module,
-  artefact: str | Path,
-  clients: Sequence[str] = ("numpy", "transformers"),
-  prompts: Any = None,
-  tolerance: float | None = None,
-  tokenizer: Any = None,
-  vllm_python: str | None = None,
-  vllm_dtype: str = "float32",
+  model: nn.Module, artefact: str | Path, clients: Sequence[str] = ("numpy", "transformers"), prompts: Any = None, **options: Any
 ) -> Controls:
   """The same on copies of the artefact with one fault each: which client catches which. Arguments and errors as `verify`."""
-  return core_verify.controls(Simulation(model), artefact, clients, prompts, tolerance, tokenizer, vllm_python, vllm_dtype)
+  return core_verify.controls(Simulation(model), artefact, clients, prompts, **options)
 
 
 class Simulation:

@@ -95,17 +95,10 @@ def _cell(row: Row, client: str) -> str:
 
 
 def controls(
-  simulation: Simulation,
-  artefact: str | Path,
-  clients: Sequence[str] = ("numpy",),
-  prompts: Any = None,
-  tolerance: float | None = None,
-  tokenizer: Any = None,
-  vllm_python: str | None = None,
-  vllm_dtype: str = "float32",
+  simulation: Simulation, artefact: str | Path, clients: Sequence[str] = ("numpy",), prompts: Any = None, **options: Any
 ) -> Controls:
   """Ask every client about the artefact and about copies of it with one fault each. Arguments and errors as `verify`."""
-  job, layout = driver.job_of(simulation, artefact, clients, prompts, tolerance, tokenizer, vllm_python, vllm_dtype)
+  job, layout = driver.job_of(simulation, artefact, clients, prompts, **options)
   clean = driver.ask(job, layout, clients)
   rows = []
   for fault, place in _faulty(job):

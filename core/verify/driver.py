@@ -27,14 +27,7 @@ CLIENTS = tuple(dict.fromkeys([*FOLDER, *ONNX]))
 
 
 def verify(
-  simulation: Simulation,
-  artefact: str | Path,
-  clients: Sequence[str] = ("numpy",),
-  prompts: Any = None,
-  tolerance: float | None = None,
-  tokenizer: Any = None,
-  vllm_python: str | None = None,
-  vllm_dtype: str = "float32",
+  simulation: Simulation, artefact: str | Path, clients: Sequence[str] = ("numpy",), prompts: Any = None, **options: Any
 ) -> Report:
   """Compare an artefact with the simulated model in every client.
 
@@ -43,16 +36,13 @@ def verify(
     artefact: exported folder, .onnx file, or a folder with exactly one.
     clients: of `CLIENTS`.
     prompts: as `batches_of` takes them.
-    tolerance: largest difference of outputs where no code differs, relative to the largest output.
-    tokenizer: for prompts that are texts; None takes the folder's own.
-    vllm_python: interpreter of an environment with vLLM.
-    vllm_dtype: type that vLLM computes in.
+    **options: of `job_of`.
 
   Raises:
     ValueError: an unknown client, unusable prompts, or the artefact is damaged: names the file.
     FileNotFoundError: there is no such artefact.
   """
-  job, layout = job_of(simulation, artefact, clients, prompts, tolerance, tokenizer, vllm_python, vllm_dtype)
+  job, layout = job_of(simulation, artefact, clients, prompts, **options)
   return ask(job, layout, clients)
 
 
@@ -60,13 +50,28 @@ def job_of(
   simulation: Simulation,
   artefact: str | Path,
   clients: Sequence[str],
-  prompts: Any,
-  tolerance: float | None,
-  tokenizer: Any,
-  vllm_python: str | None,
-  vllm_dtype: str,
+  prompts: Any = None,
+  tolerance: float | None = None,
+  tokenizer: Any = None,
+  vllm_python: str | None = None,
+  vllm_dtype: str = "float32",
 ) -> tuple[Job, str]:
-  """(what clients are to do, the artefact's layout); errors as `verify`."""
+  """(what clients are to do, the artefact's layout).
+
+  Args:
+    simulation: as in `verify`.
+    artefact: as in `verify`.
+    clients: as in `verify`.
+    prompts: as in `verify`.
+    tolerance: largest difference of outputs where no code differs, relative to the largest output; None is the simulation's own.
+    tokenizer: for prompts that are texts; None takes the folder's own.
+    vllm_python: interpreter of an environment with vLLM.
+    vllm_dtype: type that vLLM computes in.
+
+  Raises:
+    ValueError: as `verify`.
+    FileNotFoundError: as `verify`.
+  """
   unknown = [name for name in clients if name not in CLIENTS]
   if unknown or not clients:
     raise ValueError(f"clients {', '.join(map(repr, unknown)) or 'are none'}; allowed are {', '.join(map(repr, CLIENTS))}")
