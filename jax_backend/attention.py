@@ -19,11 +19,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from core.attention import check_operand
 from jax_backend import passing, taps, tree
 from jax_backend.layouts import HEADS, SAME, Layout
 from jax_backend.tree import RIDER, Rider
 
-ROLES = ("q", "k", "v", "p")
 LAYOUTS = {"bhtd": SAME, "bthd": HEADS}
 Note = Callable[[nn.Module, str, Layout, Any], None]
 _tracing = threading.local()
@@ -47,10 +47,7 @@ def quantize_bmm(module: nn.Module, role: str, x: Any, layout: str = "bthd") -> 
   Raises:
     ValueError: another role or layout.
   """
-  if role not in ROLES or layout not in LAYOUTS:
-    raise ValueError(
-      f"role {role!r} with layout {layout!r} is unknown; roles are {', '.join(map(repr, ROLES))}, layouts {', '.join(map(repr, LAYOUTS))}"
-    )
+  check_operand(role, layout, LAYOUTS)
   name = f"{role}_bmm_quantizer"
   note: Note | None = getattr(_tracing, "note", None)
   if note is not None:

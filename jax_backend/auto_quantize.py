@@ -99,11 +99,14 @@ def auto_quantize(
   from core.search import driver
   from core.search.driver import Request
   from jax_backend.search_host import JaxSearchHost
+  from jax_backend.search_scores import Step
 
   check_module(module, variables)
   compression.refuse_compressed(tree.compressed_layers(variables.get("quant", {})), "auto_quantize")
   driver.check_data(data_loader, {"num_calib_steps": num_calib_steps, "num_score_steps": num_score_steps, "num_probes": num_probes}, method)
-  step = _step(method, forward_step, loss_func, forward_backward_step)
+  functions = {"forward_step": forward_step, "loss_func": loss_func, "forward_backward_step": forward_backward_step}
+  driver.check_functions(method, twice=True, **functions)
+  step = Step(driver.default_forward_step if forward_step is None else forward_step, loss_func, forward_backward_step)
   batches = None if data_loader is None else functools.partial(driver.limited, data_loader, num_calib_steps)
   host = JaxSearchHost(module, variables, batches, step, group_rules)
   state = driver.search(
@@ -129,30 +132,3 @@ def auto_quantize(
   )
   assert host.result is not None
   return host.result, state
-
-
-def _step(method: str, forward_step: Any, loss_func: Any, forward_backward_step: Any) -> Any:
-  """The user's functions, as a `jax_backend.search_scores.Step`.
-
-  Raises:
-    ValueError: one that the method needs is missing.
-    TypeError: one is no function.
-  """
-  from core.search import errors
-  from core.search.scores import BY_GRADIENT
-  from jax_backend.search_scores import Step
-
-  given = {"forward_step": forward_step, "loss_func": loss_func, "forward_backward_step": forward_backward_step}
-  for name, function in given.items():
-    if function is not None and not callable(function):
-      raise TypeError(f"{name} must be a function, got {type(function).__name__}")
-  if method in (*BY_GRADIENT, "hessian") and loss_func is None and forward_backward_step is None:
-    raise errors.needs(method, "loss_func or forward_backward_step")
-  return Step(default_forward_step if forward_step is None else forward_step, loss_func, forward_backward_step)
-
-
-def default_forward_step(model: Any, batch: Any) -> Any:
-  """The model on a batch: a mapping as keyword arguments, a tuple or list as arguments, anything else as the one argument."""
-  if isinstance(batch, Mapping):
-    return model(**batch)
-  return model(*batch) if isinstance(batch, tuple | list) else model(batch)

@@ -20,6 +20,7 @@ from jax_backend import discover, layouts, taps, tree, watch
 from jax_backend.interceptors import INPUT, quantizing
 from jax_backend.lifted import with_params
 from jax_backend.quantizer import PASS, AnyQuantizer
+from jax_backend.stacks import rows_of
 from jax_backend.taps import Tap
 from jax_backend.tree import RIDER, Path, Rider
 
@@ -198,8 +199,6 @@ class JaxBlock:
     return y
 
   def _visit(self, visit: Visit, members: Any, x: np.ndarray, mask: Any) -> None:
-    from jax_backend.host import rows_of
-
     visit(tuple(self._names[path] for path, _ in members), rows_of(x, mask))
 
   def gradient(

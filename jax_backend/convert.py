@@ -68,7 +68,7 @@ def quantize(
 
   if example_inputs is None and forward_loop is not None:
     return qmodule, run(qmodule, plain, plan.algorithm, forward_loop, report, create)
-  args, kwargs = _example(example_inputs) if example_inputs is not None else (discover.guess_inputs(module, plain), {})
+  args, kwargs = example(example_inputs) if example_inputs is not None else (discover.guess_inputs(module, plain), {})
   found = discover.trace(module, plain, args, kwargs, rngs=None, method=None, mutable=False)
   return qmodule, run(qmodule, {**plain, "quant": create(found)}, plan.algorithm, forward_loop, report)
 
@@ -84,7 +84,7 @@ def check_module(module: Any, variables: Any) -> None:
     )
 
 
-def _example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
   if isinstance(inputs, Mapping):
     return (), dict(inputs)
   return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}

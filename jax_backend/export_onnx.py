@@ -23,7 +23,7 @@ from core.export.onnx_packages import package
 from core.export.onnx_piece import DOMAIN, PLACEHOLDER, OnnxOptions, Piece
 from jax_backend import affine, layouts, packed, tree
 from jax_backend.apply import QuantModule
-from jax_backend.quantizer import _LEAVES, QUANTIZE, AnyQuantizer, Quantizer, SequentialQuantizer
+from jax_backend.quantizer import DATA_FIELDS, QUANTIZE, AnyQuantizer, Quantizer, SequentialQuantizer
 
 placeholder_p = Primitive("twinquant_quantizer")
 placeholder_p.def_impl(lambda x, *, quantizer: x)
@@ -210,7 +210,7 @@ class _Placeholder(Quantizer):
 
 
 jax.tree_util.register_dataclass(
-  _Placeholder, data_fields=list(_LEAVES), meta_fields=[f.name for f in dataclasses.fields(_Placeholder) if f.name not in _LEAVES]
+  _Placeholder, data_fields=list(DATA_FIELDS), meta_fields=[f.name for f in dataclasses.fields(_Placeholder) if f.name not in DATA_FIELDS]
 )
 
 

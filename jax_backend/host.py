@@ -26,6 +26,7 @@ from jax_backend.interceptors import INPUT
 from jax_backend.layouts import SAME, Layout
 from jax_backend.parameters import Parameters
 from jax_backend.quantizer import AnyQuantizer, Quantizer
+from jax_backend.stacks import Rows, merged, rows_of, sliced, stack_at
 from jax_backend.tree import Path
 from jax_backend.watch import Watch
 
@@ -116,10 +117,10 @@ class JaxHost(Parameters):
       weight=np.asarray(layouts.to_torch(self._stored(place), quantizer.layout), np.float32),
       specs=tuple(q.spec for q in held),
       input_specs=tuple(q.spec for q in inputs),
-      amax=_at(None if first is None else first.amax, place.index),
-      tensor_amax=_at(first.tensor_amax, place.index) if given else None,  # type: ignore[union-attr]
-      input_amax=_at(inputs[0].amax, place.index) if inputs else None,
-      bias=None if bias is None else _at(weights.to_front(meta.unbox(bias), quantizer.stack), place.index),
+      amax=stack_at(None if first is None else first.amax, place.index),
+      tensor_amax=stack_at(first.tensor_amax, place.index) if given else None,  # type: ignore[union-attr]
+      input_amax=stack_at(inputs[0].amax, place.index) if inputs else None,
+      bias=None if bias is None else stack_at(weights.to_front(meta.unbox(bias), quantizer.stack), place.index),
       linear=self._is_linear(place.path) and all(q.config.rotate is None and q.config.bias is None for q in quantizer.leaves),
     )
 
@@ -173,15 +174,14 @@ class JaxHost(Parameters):
   def _calibrated(self, name: str, place: Place, change: Change) -> AnyQuantizer:
     """The weight quantizer with the amax of the change, or that of the weight; those behind the first always see what it returns."""
     quantizer = self._quant[place.path, WEIGHT]
-    alone = quantizer.map(lambda q: _sliced(q, place.index))
+    alone = quantizer.map(lambda q: sliced(q, place.index))
     first = alone.leaves[0]
     if change.amax is not None and not first.is_dynamic:
       given = change.tensor_amax if first.spec.two_level and not first.spec.dynamic else None
       first = first.with_amax(change.amax, given)
     stored = self._stored(place)
     done = weights.calibrate_from(alone, stored, f"{name}.{WEIGHT}", first if change.amax is not None else None)
-    merged = [_merged(old, new, place.index) for old, new in zip(quantizer.leaves, done.leaves, strict=True)]
-    leaves = iter(merged)
+    leaves = iter([merged(old, new, place.index) for old, new in zip(quantizer.leaves, done.leaves, strict=True)])
     return quantizer.map(lambda q: next(leaves))
 
   def _with_low_rank(self, place: Place, a: np.ndarray, b: np.ndarray) -> AnyQuantizer:
@@ -222,7 +222,7 @@ class JaxHost(Parameters):
 
   def _set_activation_amax(self, key: tuple[Path, str], index: tuple[int, ...], amax: Any) -> None:
     first = self._quant[key].leaves[0]
-    new = _merged(first, _sliced(first, index).with_amax(np.asarray(amax, np.float32)), index)
+    new = merged(first, sliced(first, index).with_amax(np.asarray(amax, np.float32)), index)
     self._quant[key] = self._quant[key].map(lambda q: new if q is first else q)
     if key[1] == INPUT and not index:
       self._changed_inputs.discard(key[0])
@@ -271,14 +271,23 @@ class JaxHost(Parameters):
 
   def activation_amax(self, name: str) -> np.ndarray | None:
     key, index = self._activations()[name]
-    return _at(self._quant[key].leaves[0].amax, index)
+    return stack_at(self._quant[key].leaves[0].amax, index)
 
   def observe(self, visit: Visit, names: Collection[str] | None = None, point: str = PREPARED) -> None:
     if self._loop is None:
       return
     wanted = self.places if names is None else {name: self.places[name] for name in names}
     keys = [(path, INPUT) for path in dict.fromkeys(place.path for place in wanted.values()) if self._is_linear(path)]
-    self._loop(Watch(self.qmodule, self._sync(), keys, point, _Rows(wanted, visit), self._exclude_padding))
+    self._loop(
+      Watch(
+        self.qmodule,
+        self._sync(),
+        keys,
+        point,
+        Rows({name: (place.path, place.index) for name, place in wanted.items()}, visit),
+        self._exclude_padding,
+      )
+    )
 
   def observe_tensors(self, visit: TensorVisit, names: Collection[str]) -> None:
     if self._loop is None:
@@ -354,48 +363,3 @@ class JaxHost(Parameters):
       for part in (layer.weight, layer.amax, layer.tensor_amax, layer.bias, self.pre_quant_scale(name)):
         digest.update(b"-" if part is None else np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
-
-
-class _Rows:
-  """Turns the tensors that modules show into rows for `visit`, stacked copies one by one, padding left out."""
-
-  def __init__(self, wanted: Mapping[str, Place], visit: Visit) -> None:
-    self._names: dict[Path, dict[tuple[int, ...], str]] = {}
-    for name, place in wanted.items():
-      self._names.setdefault(place.path, {})[place.index] = name
-    self._visit = visit
-
-  def __call__(self, members: Sequence[tuple[Path, str]], x: np.ndarray, mask: np.ndarray | None) -> None:
-    for index in self._names[members[0][0]]:
-      names = tuple(self._names[path][index] for path, _ in members if index in self._names.get(path, {}))
-      self._visit(names, rows_of(x[index], mask))
-
-
-def rows_of(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-  """[T, K] of an activation [..., K], float32 or float64, without the tokens that the mask leaves out."""
-  if mask is not None and mask.shape == x.shape[:-1]:
-    x = x[mask.astype(bool)]
-  return np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float64 if x.dtype == np.float64 else np.float32)
-
-
-def _at(value: Any, index: tuple[int, ...]) -> np.ndarray | None:
-  return None if value is None else np.asarray(value, np.float32)[index]
-
-
-def _sliced(quantizer: Quantizer, index: tuple[int, ...]) -> Quantizer:
-  """One copy of a stacked quantizer, as a quantizer without a stack."""
-  if not index:
-    return quantizer
-  plain = {field: None if (held := getattr(quantizer, field)) is None else held[index] for field in ("amax", "tensor_amax", "bias")}
-  return quantizer.replace(stack=(), pre_quant_scale=None, scales=None, low_rank_a=None, low_rank_b=None, **plain)
-
-
-def _merged(whole: Quantizer, one: Quantizer, index: tuple[int, ...]) -> Quantizer:
-  """The stacked quantizer with one copy replaced."""
-  if not index:
-    return one
-  if one.amax is None or whole.amax is None:
-    return whole
-  amax = jnp.asarray(whole.amax).at[index].set(one.amax)
-  tensor = None if whole.tensor_amax is None else jnp.asarray(whole.tensor_amax).at[index].set(one.tensor_amax)
-  return whole.with_amax(amax, tensor)

@@ -22,7 +22,7 @@ from jax_backend.quantizer import AnyQuantizer
 from jax_backend.tree import Path
 
 WEIGHT = "weight_quantizer"
-_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+TORCH_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
 class Where(NamedTuple):
@@ -60,7 +60,7 @@ class Parameters:
       name = canonical_name("/".join(path[:-1]))
       for index in itertools.product(*(range(value.shape[axis]) for axis in stack)):
         label = name + (f"[{','.join(map(str, index))}]" if index else "")
-        found[f"{label}.{_LEAVES.get(path[-1], path[-1])}" if label else path[-1]] = Where(path, stack, index, layout)
+        found[f"{label}.{TORCH_NAMES.get(path[-1], path[-1])}" if label else path[-1]] = Where(path, stack, index, layout)
     return found
 
   def _stack_around(self, path: Path) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from jax_backend import affine, layouts, ste
 from jax_backend.layouts import SAME, Layout
 
 OFF, CALIBRATE, QUANTIZE, FOLDED, PASS = "off", "calibrate", "quantize", "folded", "pass"
-_LEAVES = ("amax", "tensor_amax", "pre_quant_scale", "bias", "scales", "statistics", "low_rank_a", "low_rank_b", "packed")
+DATA_FIELDS = ("amax", "tensor_amax", "pre_quant_scale", "bias", "scales", "statistics", "low_rank_a", "low_rank_b", "packed")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -283,8 +283,8 @@ def _scales(spec: core.QuantSpec, dims: layouts.Dims, torch_order: bool, amax: A
 
 jax.tree_util.register_dataclass(
   Quantizer,
-  data_fields=list(_LEAVES),
-  meta_fields=[f.name for f in dataclasses.fields(Quantizer) if f.name not in _LEAVES],
+  data_fields=list(DATA_FIELDS),
+  meta_fields=[f.name for f in dataclasses.fields(Quantizer) if f.name not in DATA_FIELDS],
 )
 
 

@@ -17,7 +17,7 @@ from core import state as files
 from core.state import Leaf, Packed, State, Tensor
 from jax_backend import discover, edit, layouts, packing, tree
 from jax_backend.apply import QuantModule
-from jax_backend.convert import _example, check_module
+from jax_backend.convert import check_module, example
 from jax_backend.edit import is_quantized
 from jax_backend.quantizer import CALIBRATE, FOLDED, OFF, PASS, QUANTIZE, AnyQuantizer, Quantizer, SequentialQuantizer
 from jax_backend.state_names import PASSING, Slot, Stacks, slots, weight_name
@@ -204,7 +204,7 @@ def _blank(module: nn.Module, variables: Mapping[str, Any], example_inputs: Any)
       {key: Quantizer(edit._default(name), OFF, q.layout, q.param, q.parent_classes, q.stack) for key, (name, q) in held.items()}
     )
   plain = dict(variables)
-  args, kwargs = _example(example_inputs) if example_inputs is not None else (discover.guess_inputs(module, plain), {})
+  args, kwargs = example(example_inputs) if example_inputs is not None else (discover.guess_inputs(module, plain), {})
   return tree.build(edit.create(discover.trace(module, plain, args, kwargs, rngs=None, method=None, mutable=False), ()))
 
 

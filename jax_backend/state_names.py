@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from core.config.matching import canonical_name
 from jax_backend import layouts, tree, weights
 from jax_backend.layouts import SAME, Layout
+from jax_backend.parameters import TORCH_NAMES
 from jax_backend.quantizer import AnyQuantizer, is_quantizer
 from jax_backend.tree import Path
 
 # Flax's names of what torch calls otherwise.
-_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 _STATISTICS = {"mean": "running_mean", "var": "running_var"}
 # Collections that belong to a call, not to the model.
 PASSING = ("quant", "intermediates", "cache", "perturbations")
@@ -153,7 +153,7 @@ def name_of(path: Path, index: tuple[int, ...], depths: tuple[int, ...]) -> str:
 
 def weight_name(owner: str, param: str) -> str:
   """Name of a layer's weight."""
-  return ".".join(part for part in (owner, _LEAVES.get(param, param)) if part)
+  return ".".join(part for part in (owner, TORCH_NAMES.get(param, param)) if part)
 
 
 def slots(variables: Mapping[str, Any], stacks: Stacks) -> dict[str, Slot]:
@@ -192,7 +192,7 @@ def _slots_of(
 
 
 def _leaf_name(collection: str, leaf: str, siblings: list[str]) -> str:
-  names = {"params": _LEAVES, "batch_stats": _STATISTICS}.get(collection, {})
+  names = {"params": TORCH_NAMES, "batch_stats": _STATISTICS}.get(collection, {})
   name = names.get(leaf, leaf)
   return leaf if [names.get(other, other) for other in siblings].count(name) > 1 else name
 

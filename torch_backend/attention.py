@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_backend.modules.attention import LAYOUTS, ROLES, QuantAttention, QuantSdpaAttention, quantize_bmm
+from torch_backend.modules.attention import LAYOUTS, QuantAttention, QuantSdpaAttention, quantize_bmm
 from torch_backend.modules.registry import register
 
-__all__ = ["LAYOUTS", "ROLES", "QuantAttention", "quantize_bmm", "register_attention"]
+__all__ = ["LAYOUTS", "QuantAttention", "quantize_bmm", "register_attention"]
 
 
 def register_attention(attention_cls: type[nn.Module], sdpa: bool = False) -> None:

@@ -88,20 +88,17 @@ def auto_quantize(
   References: nvidia-modelopt 0.47, auto_quantize; Dong et al., 2019, arXiv:1911.03852 (HAWQ-V2) for "hessian".
   """
   # Imported where used: `import torch_backend` stays light.
-  from core.search import driver, errors
+  from core.search import driver
   from core.search.driver import Request, check_data
-  from core.search.scores import BY_GRADIENT
-  from torch_backend.search_host import TorchSearchHost, default_forward_step
+  from torch_backend.search_host import TorchSearchHost
 
   if not isinstance(model, nn.Module):
     raise TypeError(f"auto_quantize takes an nn.Module, got {type(model).__name__}")
   compression.refuse_compressed(compressed_layers(model), "auto_quantize")
   check_data(data_loader, {"num_calib_steps": num_calib_steps, "num_score_steps": num_score_steps, "num_probes": num_probes}, method)
-  if method in BY_GRADIENT and loss_func is None and forward_backward_step is None:
-    raise errors.needs(method, "loss_func or forward_backward_step")
-  if method == "hessian" and loss_func is None:
-    raise errors.needs(method, "loss_func (the loss is differentiated twice, which forward_backward_step cannot do)")
-  step = default_forward_step if forward_step is None else forward_step
+  functions = {"forward_step": forward_step, "loss_func": loss_func, "forward_backward_step": forward_backward_step}
+  driver.check_functions(method, twice=False, **functions)
+  step = driver.default_forward_step if forward_step is None else forward_step
   host = TorchSearchHost(model, data_loader, num_calib_steps, step, loss_func, forward_backward_step, group_rules)
   request = Request(
     constraints={"effective_bits": 4.8} if constraints is None else constraints,

@@ -57,7 +57,7 @@ class Parameters:
       raise ValueError(f"the model has no parameter {name!r}; it has {', '.join(list(self.parameter_shapes())[:8])}, ...")
     tensor = torch.from_numpy(np.array(value, order="C"))
     if self._users[id(held)] > 1:
-      _note_untied(self.model)
+      note_untied(self.model)
     is_weight = isinstance(module, QuantWeight) and leaf == "weight"
     self._set(name.rpartition(".")[0], module, leaf, module.stored(tensor) if is_weight else tensor)  # type: ignore[operator]
     if is_weight:
@@ -137,7 +137,7 @@ def _off(module: nn.Module) -> Any:
       quantizer.enable_quant()
 
 
-def _note_untied(model: nn.Module) -> None:
+def note_untied(model: nn.Module) -> None:
   """Say in the model's config that head and table are two tensors now, so that saving and loading keeps both."""
   config: Any = getattr(model, "config", None)
   if not getattr(config, "tie_word_embeddings", False):

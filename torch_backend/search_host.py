@@ -33,13 +33,6 @@ from torch_backend.snapshot import restored_on_error
 ForwardStep = Callable[[nn.Module, Any], Any]
 
 
-def default_forward_step(model: nn.Module, batch: Any) -> Any:
-  """The model on a batch: a mapping as keyword arguments, a tuple or list as arguments, anything else as the one argument."""
-  if isinstance(batch, Mapping):
-    return model(**batch)
-  return model(*batch) if isinstance(batch, tuple | list) else model(batch)
-
-
 def sharing_copy(model: nn.Module, requires_grad: bool = False) -> nn.Module:
   """A copy of a model with parameters of its own that share the storage of the model's."""
   memo: dict[int, Any] = {}

@@ -20,7 +20,7 @@ from torch_backend.convert import convert
 from torch_backend.modules import QuantWeight
 from torch_backend.names import is_quantized, quantizers, walk
 from torch_backend.packed import TENSORS, PackedWeight
-from torch_backend.parameters import _note_untied
+from torch_backend.parameters import note_untied
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.quantizer_state import QuantizerState
 from torch_backend.sequential import tensor_quantizers
@@ -268,7 +268,7 @@ def _set_tensors(
       if state.tied.get(name, name) == state.tied.get(other, other) or np.array_equal(raw, saved.load().reshape(-1).view(np.uint8)):
         continue
       module._parameters[leaf] = nn.Parameter(_stored(module, leaf, saved, old), requires_grad=old.requires_grad)
-      _note_untied(model)
+      note_untied(model)
       continue
     new = _stored(module, leaf, saved, old)
     if isinstance(old, nn.Parameter):

@@ -43,6 +43,35 @@ class Request:
   report: list[dict[str, Any]] | None = None
 
 
+def default_forward_step(model: Any, batch: Any) -> Any:
+  """The model on a batch: a mapping as keyword arguments, a tuple or list as arguments, anything else as the one argument."""
+  if isinstance(batch, Mapping):
+    return model(**batch)
+  return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def check_functions(method: str, twice: bool, **functions: Any) -> None:
+  """Checks the user's functions.
+
+  Args:
+    method: how layers are scored.
+    twice: whether `forward_backward_step` can be differentiated twice, which "hessian" needs.
+    **functions: `forward_step`, `loss_func` and `forward_backward_step`, or None.
+
+  Raises:
+    ValueError: the method needs one that is missing.
+    TypeError: one is no function.
+  """
+  for name, function in functions.items():
+    if function is not None and not callable(function):
+      raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+  no_loss, no_step = functions["loss_func"] is None, functions["forward_backward_step"] is None
+  if no_loss and no_step and (method in BY_GRADIENT or (method == "hessian" and twice)):
+    raise errors.needs(method, "loss_func or forward_backward_step")
+  if no_loss and method == "hessian" and not twice:
+    raise errors.needs(method, "loss_func (the loss is differentiated twice, which forward_backward_step cannot do)")
+
+
 def check_data(data_loader: Any, steps: Mapping[str, int], method: str) -> None:
   """Raises:
   ValueError: an unknown method, steps that are no positive number, or no data where the method needs them.

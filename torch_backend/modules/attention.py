@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from core.attention import ROLES, check_operand
 from torch_backend.modules.base import QuantModule
 from torch_backend.quantizer import TensorQuantizer
 from torch_backend.sequential import Quantizer, tensor_quantizers
 
-ROLES = ("q", "k", "v", "p")
 LAYOUTS = ("bhtd", "bthd")
 NAME = "twinquant"  # of the function in transformers' table of attention functions
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache", "head_mask")
@@ -71,10 +71,7 @@ def quantize_bmm(module: nn.Module, role: str, x: Tensor, layout: str = "bhtd") 
   Raises:
     ValueError: another role or layout.
   """
-  if role not in ROLES or layout not in LAYOUTS:
-    raise ValueError(
-      f"role {role!r} with layout {layout!r} is unknown; roles are {', '.join(map(repr, ROLES))}, layouts {', '.join(map(repr, LAYOUTS))}"
-    )
+  check_operand(role, layout, LAYOUTS)
   if not isinstance(module, QuantAttention):
     return x
   quantizer = module.bmm_quantizer(role)
