@@ -20,3 +20,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """The head is the table of embeddings."""
   return tiny.llama_folder(tmp_path_factory.mktemp("tied") / "model", **SIZES, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """With a byte-level BPE tokenizer, which GGUF files can hold."""
+  from tests.export.gguf_cases import bpe_tokenizer, smollm
+
+  folder = tiny.llama_folder(tmp_path_factory.mktemp("bpe") / "model", **SIZES, rope_theta=50000.0, rms_norm_eps=2e-5)
+  bpe_tokenizer(folder, smollm())
+  return folder

@@ -6,8 +6,6 @@ Transformers asks for the package accelerate (extra `peers`) before it opens a G
 from __future__ import annotations
 
 import importlib
-import random
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -19,74 +17,15 @@ import pytest
 import torch
 
 import core
-import jax_backend
 import torch_backend
 from core import export as core_export
 from core.config import ConfigWarning
-from core.export import gguf_layout, gguf_tokenizer, gguf_write
+from core.export import gguf_layout, gguf_tokenizer
 from experiments.models import folders, gguf_llama, load_tokenizer
 from tests.experiments import tiny
 from tests.export import clients
 from tests.export import quantized as q
-from tests.export.conftest import SIZES
-
-Q8_0 = {"num_bits": 8, "block_sizes": {-1: 32, "scale_bits": (5, 10)}}
-MXFP4 = {"format": "mxfp4"}
-MIXED = q.config(Q8_0)
-MIXED["quant_cfg"] = {**MIXED["quant_cfg"], "*mlp*weight_quantizer": MXFP4, "*o_proj*": q.OFF, "nn.Embedding": {"*weight_quantizer": Q8_0}}
-CONFIGS = {
-  "Q8_0": q.config(Q8_0),
-  "MXFP4": q.config(MXFP4),
-  "MIXED": MIXED,
-  "BOTH": q.config(Q8_0, MXFP4),
-  "FLOAT32": q.config({**Q8_0, "block_sizes": {-1: 32}}),
-}
-WEIGHTS = 294_912  # of the linear layers
-
-
-def bpe_tokenizer(folder: Path, pre: Any) -> None:
-  """A byte-level BPE tokenizer of `tiny.VOCABULARY` - 2 tokens in place of the folder's own."""
-  from tokenizers import AddedToken, Tokenizer, decoders, models
-  from transformers import PreTrainedTokenizerFast
-
-  tokens = ["<|end|>", "<|start|>", "a", "b", "ab", "1", "2", "Ġ"]
-  tokens += [f"x{i}" for i in range(tiny.VOCABULARY - 2 - len(tokens))]
-  tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("a", "b")]))
-  tokenizer.pre_tokenizer, tokenizer.decoder = pre, decoders.ByteLevel()
-  tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens[:2]])
-  special = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<|end|>", "unk_token": "<|end|>"}
-  made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template="{{ messages }}", **special)
-  made.save_pretrained(str(folder))
-
-
-def smollm() -> Any:
-  from tokenizers import pre_tokenizers
-
-  return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-
-
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  folder = tiny.llama_folder(tmp_path_factory.mktemp("bpe") / "model", **SIZES, rope_theta=50000.0, rms_norm_eps=2e-5)
-  bpe_tokenizer(folder, smollm())
-  return folder
-
-
-def quantized(backend: str, folder: Path, name: str, dtype: str = "float32") -> Any:
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(q.OWN, name, CONFIGS[name])
-    return q.quantized(backend, folder, name, dtype)
-
-
-def exported(made: Any, out: Path, source: Path, **options: Any) -> core_export.Artefact:
-  return q.exported(made, out, "gguf", source, **options)
-
-
-def loaded(folder: Path, dtype: str = "float32") -> Any:
-  import transformers
-
-  return transformers.AutoModelForCausalLM.from_pretrained(str(folder), gguf_file="model.gguf", dtype=getattr(torch, dtype)).eval()
-
+from tests.export.gguf_cases import CONFIGS, WEIGHTS, bpe_tokenizer, exported, loaded, quantized, smollm
 
 # -- the same numbers for every reader ---------------------------------------------------------------------------------------------
 
@@ -250,115 +189,6 @@ def test_a_tokenizer_that_cannot_be_written_is_said(llama: Path, tmp_path: Path)
   assert "the tokenizer is left out" in (tmp_path / "out" / "README.md").read_text()
   assert np.array_equal(clients.logits(loaded(tmp_path / "out"), q.IDS), made(q.IDS))
   assert load_tokenizer(tmp_path / "out")("w3 w5")["input_ids"] == [3, 5]
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_what_gguf_cannot_say_is_refused_before_anything_is_written(bpe: Path, tmp_path: Path) -> None:
-  for name, reason in (
-    ("BOTH", r"layers.0.mlp.down_proj.* and 11 more: its input is quantized, and a GGUF file says nothing about inputs"),
-    ("FLOAT32", "lack only the float16 scale.*layout 'compressed-tensors' can"),
-  ):
-    with pytest.raises(ValueError, match=reason):
-      exported(quantized("torch", bpe, name), tmp_path / "out", bpe)
-  with pytest.raises(ValueError, match=r"NVFP4.* is neither Q8_0"):
-    exported(q.quantized("torch", bpe, "NVFP4_MLP_WEIGHT_ONLY_CFG"), tmp_path / "out", bpe)
-  with pytest.raises(ValueError, match="pre_quant_scale; fold it"):
-    exported(q.quantized("torch", bpe, "INT4_AWQ_CFG"), tmp_path / "out", bpe)
-  assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-  ("changes", "reason"),
-  [
-    ({"model_type": "mistral"}, "written for model_type 'llama'; config.json says 'mistral'"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rotary embedding 'llama3' is not written"),
-    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary embedding 'linear' is not written"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-    ({"hidden_size": "128"}, "hidden_size is '128'; a positive integer"),
-    ({"rms_norm_eps": 0}, "rms_norm_eps is 0; a positive number"),
-    ({"num_attention_heads": 8}, r"q_proj.weight has 128 rows; config.json says 8 heads of 32"),
-  ],
-)
-def test_models_that_are_no_plain_llama(bpe: Path, tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
-  import json
-
-  source = Path(shutil.copytree(bpe, tmp_path / "source"))
-  config = json.loads((source / "config.json").read_text())
-  (source / "config.json").write_text(json.dumps(config | changes))
-  with pytest.raises(ValueError, match=reason):
-    exported(quantized("torch", bpe, "Q8_0"), tmp_path / "out", source)
-  assert not (tmp_path / "out").exists()
-
-
-def test_other_refusals(bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  biased = tiny.llama_folder(tmp_path / "biased", **SIZES, attention_bias=True)
-  with pytest.raises(ValueError, match=r"no place for model.layers.0.self_attn.k_proj.bias, .* no such tensor"):
-    exported(quantized("torch", biased, "Q8_0"), tmp_path / "out", biased)
-  made = quantized("jax", bpe, "Q8_0")
-  with pytest.raises(ValueError, match=r"needs the model's config.json; give `source`"):
-    jax_backend.export(made.module, made.variables, tmp_path / "out", layout="gguf")
-  with pytest.raises(ValueError, match="dtype='float32'"):
-    exported(made, tmp_path / "out", bpe, dtype="float64")
-  monkeypatch.setitem(sys.modules, "gguf", None)
-  with pytest.raises(ImportError, match=r"needs the package gguf.*\[hf\]"):
-    gguf_write.package()
-  assert not (tmp_path / "out").exists()
-
-
-# -- reading with suspicion --------------------------------------------------------------------------------------------------------
-
-
-def test_damaged_files(bpe: Path, tmp_path: Path) -> None:
-  """Every mutation is an error that says what is wrong, or a file with other numbers; never a crash, a hang or much memory."""
-  exported(quantized("torch", bpe, "Q8_0"), tmp_path / "out", bpe)
-  path = tmp_path / "out" / "model.gguf"
-  whole = path.read_bytes()
-  header = int(gguf.GGUFReader(path).data_offset)
-  rng, errors = random.Random(3), 0
-  for turn in range(200):
-    data = bytearray(whole)
-    if turn % 3 == 0:
-      del data[rng.randrange(len(data)) :]
-    for _ in range(1 + turn % 4 if turn % 3 else 0):
-      data[rng.randrange(header)] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
-    path.write_bytes(data)
-    try:
-      artefact = core_export.read(tmp_path / "out")
-      for layer in artefact.layers:
-        artefact.stored(layer)
-      for name in artefact.floats:
-        artefact.tensor(name)
-    except ValueError as error:
-      errors += str(path) in str(error) or "not finite" in str(error)
-    else:
-      errors += len(data) == len(whole)
-  assert errors == 200
-
-
-def test_files_of_others_are_refused(bpe: Path, tmp_path: Path) -> None:
-  def write(architecture: str, name: str, kind: str) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    raw = gguf.GGMLQuantizationType[kind]
-    writer.add_tensor(name, gguf.quants.quantize(np.zeros((4, 32), np.float32), raw), raw_dtype=raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-  write("llama", "blk.0.attn_q.weight", "Q4_0")
-  with pytest.raises(ValueError, match=r"'blk.0.attn_q.weight' is of ggml type 2 and shape \[4, 32\]"):
-    core_export.read(tmp_path)
-  write("llama", "blk.0.ssm.weight", "F32")
-  with pytest.raises(ValueError, match=r"'blk.0.ssm.weight' is none of a plain Llama"):
-    core_export.read(tmp_path)
-  write("bert", "output.weight", "F32")
-  with pytest.raises(ValueError, match=r"llama.attention.head_count is None|holds architecture 'bert'"):
-    core_export.read(tmp_path)
 
 
 def test_verify(bpe: Path, tmp_path: Path) -> None:
