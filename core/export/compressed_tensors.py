@@ -16,11 +16,11 @@ from core import formats
 from core.bits import divide
 from core.export import packing
 from core.export.layout import Planned, divides
-from core.export.safetensors_file import Entry
 from core.export.source import Granularity, Refusal, Stage, Subject, granularity, input_scales
 from core.formats import FloatFormat, IntFormat
 from core.quantize import QuantizedTensor
 from core.spec import QuantSpec
+from core.tensor_header import Entry
 
 NAME = "compressed-tensors"
 _E4M3, _U8 = "torch.float8_e4m3fn", "torch.uint8"

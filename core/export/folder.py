@@ -16,8 +16,9 @@ import numpy as np
 from core.export import card as model_card
 from core.export import gguf_layout, gguf_write
 from core.export.plan import DTYPES, HEAD, Item, Plan, plan, warn
-from core.export.safetensors_file import Entry, Writer
+from core.export.safetensors_file import Writer
 from core.export.source import Source
+from core.tensor_header import Entry
 
 METADATA = "twinquant"
 COPIED = (

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from core.export import gguf_layout
-from core.export.safetensors_file import DTYPES, Entry
+from core.tensor_header import CARRIERS, Entry
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # gguf.GGUFValueType
 _STRING, _ARRAY = 8, 9
@@ -78,7 +78,7 @@ class GgufFile:
       data = file.read(entry.nbytes)
     if len(data) != entry.nbytes:
       raise ValueError(f"{self.path} is cut off in tensor {name!r}")
-    bits = np.dtype(DTYPES[entry.dtype])
+    bits = CARRIERS[entry.dtype]
     array = np.frombuffer(data, bits).astype(bits.newbyteorder("="), copy=False).reshape(entry.shape)
     return gguf_layout.halved(array, gguf_layout.heads_of(name, *self._heads))
 

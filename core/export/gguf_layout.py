@@ -15,11 +15,11 @@ import numpy as np
 
 from core import formats
 from core.export.layout import Planned, divides
-from core.export.safetensors_file import Entry
 from core.export.source import Granularity, Refusal, Stage, Subject, granularity
 from core.formats import IntFormat
 from core.quantize import QuantizedTensor
 from core.spec import QuantSpec
+from core.tensor_header import Entry
 
 NAME = "gguf"
 FILE = "model.gguf"

@@ -16,8 +16,9 @@ from core.export import gguf_layout
 from core.export.gguf_facts import Facts, facts
 from core.export.gguf_tokenizer import Unknown, Vocabulary, vocabulary
 from core.export.plan import Plan
-from core.export.safetensors_file import Entry, to_float
+from core.export.safetensors_file import to_float
 from core.export.source import few
+from core.tensor_header import Entry
 
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 

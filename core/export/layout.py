@@ -10,11 +10,11 @@ import numpy as np
 
 import core
 from core import scaling
-from core.export.safetensors_file import Entry
 from core.export.source import Refusal
 from core.quantize import QuantizedTensor
 from core.scaling import Scales
 from core.spec import QuantSpec
+from core.tensor_header import Entry
 
 
 class Planned(NamedTuple):

@@ -19,11 +19,11 @@ from core import formats
 from core.export import packing
 from core.export.compressed_tensors import cache_args as _fp8_cache
 from core.export.layout import Planned, divides
-from core.export.safetensors_file import Entry
 from core.export.source import Granularity, Refusal, Stage, Subject, granularity, input_scales
 from core.formats import Format
 from core.quantize import QuantizedTensor
 from core.spec import QuantSpec
+from core.tensor_header import Entry
 
 NAME = "modelopt"
 GROUPED = ("W4A16_AWQ", "W4A8_AWQ", "NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "MXFP8", "MXFP4")

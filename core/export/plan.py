@@ -13,8 +13,9 @@ from core.config.groups import group
 from core.config.rules import ConfigWarning
 from core.export import compressed_tensors, gguf_layout, modelopt
 from core.export.layout import Planned
-from core.export.safetensors_file import Entry, to_bits
+from core.export.safetensors_file import to_bits
 from core.export.source import Refusal, Source, Subject, check, codes_of, few, granularity, label, natural, subjects
+from core.tensor_header import Entry
 
 LAYOUTS: dict[str, Any] = {module.NAME: module for module in (compressed_tensors, modelopt, gguf_layout)}
 HEAD = "lm_head.weight"

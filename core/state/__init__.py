@@ -8,7 +8,8 @@ from core.state.document import as_given, plain
 from core.state.folder import DOCUMENT, read, versions, write
 from core.state.match import check_leaf, check_quantizers, check_tensors
 from core.state.model import FIELDS, MODES, PARTS, STATISTICS, Leaf, Packed, State, tensor_name
-from core.state.tensors import CARRIERS, Tensor
+from core.state.tensors import Tensor
+from core.tensor_header import CARRIERS
 
 __all__ = [
   "CARRIERS",

@@ -13,7 +13,8 @@ from core.config.entries import QuantConfig
 from core.config.frozen import check_keys, thaw
 from core.config.schema import QuantizerConfig, spec_from_attributes
 from core.state.model import BACKENDS, FIELDS, MODES, PARTS, WEIGHT_TYPES, Leaf, Packed, State, tensor_name
-from core.state.tensors import Tensor, are_sizes
+from core.state.tensors import Tensor
+from core.tensor_header import are_sizes
 
 KEYS = ("format", "version", "backend", "versions", "config", "metadata", "files", "packed", "tied", "quantizers", "sha256")
 LEAF_KEYS = ("attributes", "mode", "group", "tensors", "own_tensor_amax", "key")

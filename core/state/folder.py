@@ -18,6 +18,7 @@ from typing import Any
 from core.state import document, tensors, upgrade
 from core.state.model import State, tensor_name
 from core.state.tensors import Tensor
+from core.tensor_header import parse_json
 
 DOCUMENT = "quant_state.json"
 MOST_DOCUMENT = 256 * 2**20
@@ -102,7 +103,7 @@ def read(directory: str | os.PathLike[str]) -> State:
   if path.stat().st_size > MOST_DOCUMENT:
     raise ValueError(f"{path} has {path.stat().st_size} bytes; at most {MOST_DOCUMENT} are read")
   try:
-    held = tensors.parse_json(path.read_bytes(), path.name)
+    held = parse_json(path.read_bytes(), path.name)
     _check_document(held)
     held = upgrade.upgraded(held)
     return document.from_json(held, _read_files(folder, held.get("files")))

@@ -16,8 +16,9 @@ from core.export import gguf_layout, packing
 from core.export.folder import METADATA
 from core.export.layout import Stored
 from core.export.read import open_files, read
-from core.export.safetensors_file import Entry, Writer, to_bits, to_float
+from core.export.safetensors_file import Writer, to_bits, to_float
 from core.formats import IntFormat
+from core.tensor_header import Entry
 
 NEUTRAL = {"F8_E4M3": 0x38, "U8": 127}  # the codes of a scale of one
 

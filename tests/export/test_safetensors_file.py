@@ -13,7 +13,8 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from core.export.safetensors_file import Entry, File, Writer, to_bits, to_float
+from core.export.safetensors_file import File, Writer, to_bits, to_float
+from core.tensor_header import Entry
 
 RNG = np.random.default_rng(0)
 ARRAYS: dict[str, tuple[str, np.ndarray]] = {

@@ -78,7 +78,8 @@ def test_damage_is_an_error_that_names_the_file(folder: Made, tmp_path: Path, da
 def test_damage_that_only_a_client_meets_is_its_failure(folder: Made, tmp_path: Path) -> None:
   """A layer without one of its tensors: the folder opens, and no client gets further."""
   from core.export.read import open_files
-  from core.export.safetensors_file import Entry, Writer
+  from core.export.safetensors_file import Writer
+  from core.tensor_header import Entry
 
   made, out = folder("torch", "NVFP4_DEFAULT_CFG")
   copy = tmp_path / "copy"
