@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import io
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from core import files
 
 COLOURS = ("#4c78a8", "#e45756", "#2a8f3c", "#f58518", "#9467bd", "#72b7b2", "#b279a2", "#9d755d")
 
@@ -44,10 +44,7 @@ def save(path: Path, panels: Sequence[Any], size: tuple[float, float], columns: 
     panel(axes)
   content = io.BytesIO()
   figure.savefig(content, format="png")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-    file.write(content.getvalue())
-  os.replace(file.name, path)
+  files.write(path, content.getvalue())
 
 
 def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], measure: tuple[str, str], clock: tuple[str, str]) -> None:

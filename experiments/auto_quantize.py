@@ -11,6 +11,7 @@ model is measured. Writes auto_quantize.csv, .md and .json (rows and search_stat
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,18 @@ def read_formats(options: Options) -> dict[str, Any]:
   return found | ({"none": None} if "none" in options.formats else {})
 
 
+def budgets_of(options: Options) -> list[float]:
+  """The further budgets, ascending.
+
+  Raises:
+    ValueError: one that is no number.
+  """
+  try:
+    return sorted({float(budget) for budget in options.budgets} - {options.effective_bits})
+  except ValueError as error:
+    raise ValueError(f"--budgets={','.join(options.budgets)}: numbers of bits per weight are needed, such as 4.6,5,6") from error
+
+
 def run(options: Options) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
   """Search and measure.
 
@@ -96,6 +109,7 @@ def run(options: Options) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any
   if not setup.is_language_model(options.model):
     raise ValueError(f"--model={options.model} predicts no tokens, so there is no loss to score layers by; give a Llama checkpoint")
   formats = read_formats(options)
+  budgets_of(options)
   text = setup.open_text(options.model, options.text, options.text_file)
   calibration = text.cut("calibration", options.calib_samples, options.calib_tokens, options.seed)
   evaluation = text.cut("evaluation", options.eval_samples, options.eval_tokens)
@@ -112,7 +126,7 @@ def run(options: Options) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any
       "calibration": setup.describe_windows(calibration),
       "evaluation": setup.describe_windows(evaluation),
     }
-    write(Path(options.out), rows, found, manifest.manifest(cli.command("experiments.auto_quantize", options), **facts))
+    write(options, rows, found, manifest.manifest(cli.command("experiments.auto_quantize", options), **facts))
   return rows, found
 
 
@@ -168,7 +182,7 @@ class _Study:
   def _budgets(self, state: dict[str, Any]) -> list[dict[str, Any]]:
     """Entries of the other budgets, ascending; those that no assignment meets are left out with a word."""
     found = []
-    for budget in sorted({float(b) for b in self._options.budgets} - {self._options.effective_bits}):
+    for budget in budgets_of(self._options):
       try:
         solved = states.with_constraints(state, {"effective_bits": budget})
       except ValueError as error:
@@ -189,23 +203,37 @@ class _Study:
     return evaluate.figures(evaluate.score(quantized, self._evaluation, self._reference), self._base)
 
 
-def agreement(found: dict[str, dict[str, Any]]) -> list[str]:
-  """Whether the backends chose alike, in words."""
+def agreement(found: dict[str, dict[str, Any]], budgets: Sequence[float] = ()) -> list[str]:
+  """Whether the backends chose alike, in words: in the search, and under other budgets that their scores can meet."""
   if len(found) < 2:
     return []
-  one, other = (found[backend] for backend in setup.BACKENDS)
+  said = []
+  searched = found["torch"]["constraints"]["effective_bits"]
+  for budget in sorted({searched, *budgets}):
+    try:
+      one, other = (states.with_constraints(found[backend], {"effective_bits": budget}) for backend in setup.BACKENDS)
+    except ValueError:
+      continue
+    said.append(f"{budget:g} bits: {_agreement(one, other)}")
+  return said
+
+
+def _agreement(one: dict[str, Any], other: dict[str, Any]) -> str:
   differing = [group for group in one["assignment"] if one["assignment"][group] != other["assignment"][group]]
   if not differing:
-    return [f"both backends chose the same format for all {len(one['assignment'])} groups"]
+    return f"both backends chose the same format for all {len(one['assignment'])} groups"
   lost = controls.objective(one["scores"], other["assignment"]) / one["objective"] - 1
   where = f"in {len(differing)} of {len(one['assignment'])} groups"
-  return [f"the backends chose differently {where}; by torch's scores JAX's choice is {lost:+.2e} of the objective"]
+  return f"the backends chose differently {where}; by torch's scores JAX's choice is {lost:+.2e} of the objective"
 
 
-def write(folder: Path, rows: list[dict[str, Any]], found: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+def write(options: Options, rows: list[dict[str, Any]], found: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
   """auto_quantize.csv, .md and .json, scores-BACKEND.csv, and the figures."""
+  folder = Path(options.out)
   manifest.write_csv(folder / "auto_quantize.csv", [{**row, "commit": facts["commit"]} for row in rows])
-  manifest.write_json(folder / "auto_quantize.json", {**facts, "rows": rows, "search_states": found, "agreement": agreement(found)})
+  manifest.write_json(
+    folder / "auto_quantize.json", {**facts, "rows": rows, "search_states": found, "agreement": agreement(found, budgets_of(options))}
+  )
   manifest.write_text(folder / "auto_quantize.md", report.markdown(rows, COLUMNS) + f"\nRepeat with `{facts['command']}`.\n")
   for backend, state in found.items():
     search_report.write_csv(state, folder / f"scores-{backend}.csv")
@@ -216,7 +244,10 @@ def main(options: Options) -> int:
   rows, found = run(options)
   for state in found.values():
     search_report.print_auto_quantize_summary(state)
-  notes = [*agreement(found), f"{options.eval_samples} x {options.eval_tokens} evaluation tokens; +- is the paired standard error"]
+  notes = [
+    *agreement(found, budgets_of(options)),
+    f"{options.eval_samples} x {options.eval_tokens} evaluation tokens; +- is the paired standard error",
+  ]
   if options.out:
     notes.append(f"written to {options.out}")
   report.show(rows, COLUMNS, f"Mixed precision of {options.model} ({options.method} scores)", notes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import hashlib
-import importlib.metadata
 import io
 import json
 import math
@@ -15,6 +14,9 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from core import files
+from core.state import folder
 
 PACKAGES = ("twinquant", "numpy", "torch", "jax", "jaxlib", "flax", "transformers", "nvidia-modelopt")
 
@@ -47,13 +49,7 @@ def manifest(command: str, **facts: Any) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
   """Versions of Python and of the packages that are installed."""
-  found = {"python": platform.python_version()}
-  for package in PACKAGES:
-    try:
-      found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return found
+  return folder.versions(PACKAGES)
 
 
 def commit() -> str | None:
@@ -112,12 +108,4 @@ def plain(value: Any) -> Any:
 
 def write_text(path: str | Path, text: str) -> Path:
   """Write a file in one step: a reader sees the old one or the new one, never half of it."""
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-  return path
+  return files.write(path, text)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from core import files
 from core.calibrate.host import Host
 from core.calibrate.layer import Change
 
@@ -47,7 +47,7 @@ class Journal:
           f"{path} holds an interrupted run with another {' and '.join(differing)} ({held}); choose another checkpoint_dir or delete it"
         )
     else:
-      _write(file, json.dumps(state, indent=1).encode())
+      files.write(file, json.dumps(state, indent=1).encode())
     return cls(path)
 
   def read(self, names: Sequence[str]) -> list[Change | None] | None:
@@ -70,9 +70,9 @@ class Journal:
       arrays |= {f"{i}.{name}": np.asarray(value) for name in _ARRAYS if (value := getattr(change, name)) is not None}
       if change.low_rank is not None:
         arrays |= {f"{i}.low_rank_a": change.low_rank[0], f"{i}.low_rank_b": change.low_rank[1]}
-    with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".part", delete=False) as file:
-      np.savez(file, **arrays)
-    os.replace(file.name, self._path(names))
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    files.write(self._path(names), content.getvalue())
 
   def finish(self) -> None:
     """The run is complete: its steps are not needed any more."""
@@ -105,9 +105,3 @@ def _plain(value: Any) -> Any:
   if isinstance(value, np.ndarray):
     return value.tolist()
   return value.item() if isinstance(value, np.generic) else value
-
-
-def _write(path: Path, content: bytes) -> None:
-  with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-    file.write(content)
-  os.replace(file.name, path)

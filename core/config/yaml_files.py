@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from core import files
 from core.config.edit import extend_preset
 from core.config.entries import QuantConfig, normalize
 from core.config.frozen import as_int, thaw
@@ -66,13 +67,7 @@ def save_config(config: Mapping[str, Any] | QuantConfig, path: str | os.PathLike
     text = json.dumps(_string_keys(plain), indent=2) + "\n"
   else:
     text = _yaml().safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
-  temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-  try:
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-  finally:
-    temporary.unlink(missing_ok=True)
-  return file
+  return files.write(file, text)
 
 
 def _suffix(file: Path) -> str:

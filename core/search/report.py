@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from core import files
 from core.search.state import plan_of
 
 
@@ -53,11 +52,7 @@ def write_csv(search_state: Mapping[str, Any], path: str | Path) -> None:
   writer = csv.DictWriter(buffer, fieldnames=list(rows[0]) if rows else ["layer"], lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-    file.write(buffer.getvalue())
-  os.replace(file.name, path)
+  files.write(path, buffer.getvalue())
 
 
 def print_auto_quantize_summary(search_state: Mapping[str, Any], csv_path: str | Path | None = None) -> None:

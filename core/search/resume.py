@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from core import files
 
 VERSION = 1
 KIND = "scores of auto_quantize"
@@ -80,10 +80,7 @@ class ScoreFile:
 
 def write_json(path: Path, value: Any) -> None:
   """Write JSON in one step: a reader sees the old file or the new one."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-    json.dump(value, file)
-  os.replace(file.name, path)
+  files.write(path, json.dumps(value))
 
 
 def _short(value: Any) -> str:

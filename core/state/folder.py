@@ -11,10 +11,11 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from core import files
 from core.state import document, tensors, upgrade
 from core.state.model import State, tensor_name
 from core.state.tensors import Tensor
@@ -26,10 +27,10 @@ _FILE = re.compile(r"quant_state-[0-9a-f]{16}\.safetensors")
 PACKAGES = ("twinquant", "numpy", "torch", "jax", "flax", "transformers")
 
 
-def versions() -> dict[str, str]:
-  """Versions of Python and of the installed packages that a saved model may depend on."""
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+  """Versions of Python and of these packages, those that are installed; by default what a saved model may depend on."""
   found = {"python": platform.python_version()}
-  for package in PACKAGES:
+  for package in packages:
     try:
       found[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -59,7 +60,8 @@ def write(state: State, directory: str | os.PathLike[str]) -> Path:
     os.replace(part, folder / name)
   finally:
     part.unlink(missing_ok=True)
-  _write_text(folder / DOCUMENT, json.dumps(document.to_json(state, upgrade.VERSION, {name: {"sha256": sha, "bytes": size}}), indent=1))
+  described = document.to_json(state, upgrade.VERSION, {name: {"sha256": sha, "bytes": size}})
+  files.write(folder / DOCUMENT, json.dumps(described, indent=1) + "\n")
   for old in folder.iterdir():
     if _FILE.fullmatch(old.name) and old.name != name:
       old.unlink()
@@ -78,15 +80,6 @@ def _all(state: State) -> dict[str, Tensor]:
   if twice:
     raise ValueError(f"two tensors of the model are called {twice[0]!r}; rename the parameter of that name")
   return everything | parts
-
-
-def _write_text(path: Path, text: str) -> None:
-  part = tensors.temporary(path.parent, ".json.part")
-  try:
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
 
 
 def read(directory: str | os.PathLike[str]) -> State:

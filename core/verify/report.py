@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from core import files
 
 EQUAL, WITHIN, EXPLAINED, DIFFERS, NOT_CHECKED = "equal", "within", "explained", "differs", "not checked"
 AGREE = (EQUAL, WITHIN, EXPLAINED)
@@ -143,12 +144,7 @@ class Report:
 
 def write_json(path: str | Path, value: Any) -> Path:
   """Write plain data beside the path, then rename."""
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-  aside.replace(path)
-  return path
+  return files.write(path, json.dumps(value, indent=2) + "\n")
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:

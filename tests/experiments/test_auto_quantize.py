@@ -55,10 +55,11 @@ def test_one_search_gives_all_budgets_and_controls(both):
 def test_backends_agree(both):
   _, found, _ = both
   assert found["torch"]["assignment"] == found["jax"]["assignment"]
-  assert auto_quantize.agreement(found) == [f"both backends chose the same format for all {len(found['torch']['assignment'])} groups"]
-  other = {**found["jax"], "assignment": dict.fromkeys(found["jax"]["assignment"], FORMATS[0])}
-  [said] = auto_quantize.agreement({"torch": found["torch"], "jax": other})
-  assert "chose differently" in said and "+" in said
+  alike = f"both backends chose the same format for all {len(found['torch']['assignment'])} groups"
+  assert auto_quantize.agreement(found, (5, 7, 1)) == [f"5 bits: {alike}", f"6 bits: {alike}", f"7 bits: {alike}"]
+  turned = {g: {f: 1 / (1e-9 + score) for f, score in row.items()} for g, row in found["jax"]["scores"].items()}
+  [said] = auto_quantize.agreement({"torch": found["torch"], "jax": {**found["jax"], "scores": turned}})
+  assert "6 bits: the backends chose differently" in said and "+" in said
 
 
 def test_the_search_row_is_what_its_config_makes(both, places):
@@ -93,6 +94,8 @@ def test_files(both):
 def test_mistakes(places, tmp_path):
   with pytest.raises(ValueError, match=r"effective_bits.*least possible"):
     auto_quantize.run(options(places, backend="torch", effective_bits=3.0))
+  with pytest.raises(ValueError, match="--budgets=5,x: numbers"):
+    auto_quantize.run(options(places, backend="torch", budgets=("5", "x")))
   with pytest.raises(ValueError, match="NO_SUCH"):
     auto_quantize.run(options(places, backend="torch", formats=("NO_SUCH_CFG",)))
   with pytest.raises(ValueError, match="predicts no tokens"):
